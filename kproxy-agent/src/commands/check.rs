@@ -1,0 +1,220 @@
+//! `kproxy check`: can this node run kproxy; what is missing, and what that costs.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use super::print;
+use crate::{
+    cli::{CheckArgs, Common},
+    maps::kernel::probe_batches,
+    node,
+    programs::{self, Capacities, Programs, has_set_retval, has_tcx, namespace_cookie},
+};
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    /// Works, at a cost.
+    Warning,
+    /// kproxy cannot run.
+    Failed,
+}
+
+#[derive(Serialize)]
+struct Finding {
+    check: &'static str,
+    status: Status,
+    detail: String,
+}
+
+#[derive(Serialize)]
+struct Report {
+    checks: Vec<Finding>,
+}
+
+/// Prints what was found; an error if the node cannot run kproxy.
+pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
+    let checks = vec![
+        privileges(),
+        bpffs(&common.bpf_root),
+        cgroup(args.cgroup.cgroup_root.as_deref()),
+        loads(),
+        set_retval(),
+        tcx(),
+        batches(),
+        netns_cookie(),
+        kube_proxy(),
+        ipvs(),
+        forward_policy(),
+    ];
+    let failed = checks.iter().filter(|finding| finding.status == Status::Failed).count();
+    print::print(&Report { checks }, args.output, |report, _| text(report))?;
+    if failed > 0 {
+        bail!("this node cannot run kproxy: {failed} of the checks above failed");
+    }
+    Ok(())
+}
+
+fn text(report: &Report) -> String {
+    let rows: Vec<Vec<String>> = report
+        .checks
+        .iter()
+        .map(|finding| {
+            let status = match finding.status {
+                Status::Ok => "ok",
+                Status::Warning => "warning",
+                Status::Failed => "FAILED",
+            };
+            vec![finding.check.to_owned(), status.to_owned(), finding.detail.clone()]
+        })
+        .collect();
+    print::table(&["CHECK", "STATUS", "DETAIL"], &rows)
+}
+
+fn finding(check: &'static str, status: Status, detail: impl Into<String>) -> Finding {
+    Finding { check, status, detail: detail.into() }
+}
+
+fn from_result(check: &'static str, result: Result<String>) -> Finding {
+    match result {
+        Ok(detail) => finding(check, Status::Ok, detail),
+        Err(error) => finding(check, Status::Failed, format!("{error:#}")),
+    }
+}
+
+/// The bits of CapEff (capabilities(7)) that the agent needs, with their numbers.
+const CAPABILITIES: [(&str, u32); 2] = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39)];
+const CAP_SYS_ADMIN: u32 = 21;
+
+fn privileges() -> Finding {
+    let check = "privileges";
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let missing: Vec<&str> = CAPABILITIES
+        .into_iter()
+        .filter(|(name, bit)| !has(*bit) && !(*name == "CAP_BPF" && has(CAP_SYS_ADMIN)))
+        .map(|(name, _)| name)
+        .collect();
+    if missing.is_empty() {
+        return finding(check, Status::Ok, "the capabilities that are needed are here");
+    }
+    let detail = format!("{} missing: run as root, or give the pod these capabilities", missing.join(" and "));
+    finding(check, Status::Failed, detail)
+}
+
+fn bpffs(root: &Path) -> Finding {
+    let result = programs::check_on_bpffs(root).map_err(anyhow::Error::from);
+    from_result("bpf file system", result.map(|()| format!("{} is on one", root.display())))
+}
+
+fn cgroup(given: Option<&Path>) -> Finding {
+    from_result("cgroup v2", node::cgroup_root(given).map(|path| format!("serves the processes of {}", path.display())))
+}
+
+fn loads() -> Finding {
+    let result = Programs::load_unpinned(&Capacities::SMALL).map(|programs| {
+        let sizes = programs.sizes();
+        let most = sizes.iter().filter_map(|(name, _, verified)| Some((verified.as_ref()?, name))).max();
+        match most {
+            Some((verified, name)) => {
+                format!("all {} accepted; {name} cost the verifier most: {verified} instructions", sizes.len())
+            }
+            None => format!("all {} accepted", sizes.len()),
+        }
+    });
+    from_result("programs", result.map_err(anyhow::Error::from))
+}
+
+fn set_retval() -> Finding {
+    let check = "bpf_set_retval";
+    if has_set_retval() {
+        return finding(check, Status::Ok, "a Service without endpoints refuses with ECONNREFUSED");
+    }
+    let cost = "not in this kernel (5.18): connections to a Service without endpoints are refused by way of \
+                loopback, unconnected datagrams to it fail with EPERM";
+    finding(check, Status::Warning, cost)
+}
+
+fn tcx() -> Finding {
+    let check = "tcx";
+    if has_tcx() {
+        return finding(check, Status::Ok, "packet programs are attached by links, in order with others");
+    }
+    finding(check, Status::Warning, "not in this kernel (6.6): packet programs are attached to clsact qdiscs")
+}
+
+fn batches() -> Finding {
+    match probe_batches() {
+        Ok(true) => finding("map batches", Status::Ok, "hash maps are written in batches"),
+        Ok(false) => {
+            let cost = "not in this kernel (5.6): a first load of 10,000 Services takes about ten times as long";
+            finding("map batches", Status::Warning, cost)
+        }
+        Err(error) => finding("map batches", Status::Failed, format!("no map can be made: {error}")),
+    }
+}
+
+fn netns_cookie() -> Finding {
+    match namespace_cookie() {
+        Ok(Some(cookie)) => finding("network namespace", Status::Ok, format!("cookie {cookie}")),
+        Ok(None) => {
+            let cost = "SO_NETNS_COOKIE is not in this kernel (5.14): the host is taken to be the machine's first \
+                        network namespace";
+            finding("network namespace", Status::Warning, cost)
+        }
+        Err(error) => finding("network namespace", Status::Failed, format!("cannot be told: {error}")),
+    }
+}
+
+/// kube-proxy's rules translate what kproxy leaves alone, pass-through addresses above all.
+fn kube_proxy() -> Finding {
+    let check = "kube-proxy";
+    let rules = output("nft", &["list", "tables"]);
+    let legacy = output("iptables-save", &["-t", "nat"]);
+    let found = rules.as_deref().is_some_and(|text| text.contains("kube-proxy"))
+        || legacy.as_deref().is_some_and(|text| text.contains(":KUBE-SERVICES"));
+    if found {
+        let mend = "its rules are on this node and short-circuit pass-through addresses: remove kube-proxy, then run \
+                    `kube-proxy --cleanup`";
+        return finding(check, Status::Warning, mend);
+    }
+    if rules.is_none() && legacy.is_none() {
+        return finding(check, Status::Ok, "not looked for: neither nft nor iptables-save is here");
+    }
+    finding(check, Status::Ok, "no rules of it are on this node")
+}
+
+fn ipvs() -> Finding {
+    if Path::new("/sys/class/net/kube-ipvs0").exists() {
+        let mend = "kube-ipvs0 is on this node and holds the load-balancer addresses, so that traffic to them never \
+                    leaves it: ip link delete kube-ipvs0";
+        return finding("kube-ipvs0", Status::Warning, mend);
+    }
+    finding("kube-ipvs0", Status::Ok, "not here")
+}
+
+fn forward_policy() -> Finding {
+    let check = "FORWARD policy";
+    match output("iptables", &["-S", "FORWARD"]) {
+        None => finding(check, Status::Ok, "not looked at: iptables is not here"),
+        Some(text) if text.lines().any(|line| line == "-P FORWARD DROP") => {
+            let mend = "DROP: traffic that arrives for pods is dropped unless a rule accepts it; let the CNI add one, or \
+                        iptables -P FORWARD ACCEPT";
+            finding(check, Status::Warning, mend)
+        }
+        Some(_) => finding(check, Status::Ok, "ACCEPT"),
+    }
+}
+
+/// What a program prints, if it is here and succeeds.
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,64 @@
+//! `kproxy cleanup`: takes everything of kproxy off this node. Its traffic then goes untranslated.
+
+use std::{fs, io, path::Path};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    cli::{CleanupArgs, Common},
+    devices, node,
+    programs::{self, remove_clsact},
+};
+
+/// Removes filters, links and maps, in this order, so that no program runs without what it needs.
+pub fn run(common: &Common, _args: &CleanupArgs) -> Result<()> {
+    let root = &common.bpf_root;
+    if !root.exists() {
+        println!("nothing of kproxy is here: {} does not exist", root.display());
+        return Ok(());
+    }
+    programs::check_bpf_root(root)?;
+    let _lock = node::Lock::take(root, || crate::maps::kernel::owner_text(root))?;
+    let filters = remove_filters()?;
+    let links = remove_all(&root.join("links"), |_| true)?;
+    let maps = remove_all(root, |name| programs::pinned_maps().contains(&name))?;
+    fs::remove_dir(root).or_else(|error| match error.raw_os_error() {
+        // Something of somebody else's is in it: that stays.
+        Some(libc::ENOTEMPTY) => Ok(()),
+        _ => Err(error).with_context(|| format!("cannot remove the folder {}", root.display())),
+    })?;
+    println!("removed {links} links, {filters} filters and {maps} maps of kproxy from {}", root.display());
+    Ok(())
+}
+
+fn remove_filters() -> Result<usize> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let devices = runtime.block_on(async {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().context("cannot list the interfaces (rtnetlink)")?;
+        tokio::spawn(connection);
+        devices::list(&handle).await
+    })?;
+    Ok(devices.values().map(|device| remove_clsact(&device.name)).sum())
+}
+
+/// Removes what is pinned in `folder` under names that `ours` knows, and the folder if it is then empty.
+fn remove_all(folder: &Path, ours: impl Fn(&str) -> bool) -> Result<usize> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", folder.display())),
+    };
+    let mut removed = 0;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot list {}", folder.display()))?;
+        if entry.path().is_dir() || !entry.file_name().to_str().is_some_and(&ours) {
+            continue;
+        }
+        fs::remove_file(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        removed += 1;
+    }
+    // Not empty, or the root itself, which goes last.
+    let _ = fs::remove_dir(folder);
+    Ok(removed)
+}

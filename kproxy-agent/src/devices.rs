@@ -1,0 +1,252 @@
+//! The interfaces of this network namespace: which of them get which packet programs, and the node's own
+//! addresses; followed through rtnetlink.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use futures::{StreamExt as _, TryStreamExt as _};
+use rtnetlink::{
+    MulticastGroup, new_multicast_connection,
+    packet_route::{
+        address::AddressAttribute,
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    },
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::programs::DeviceProgram;
+
+/// Changes come in bursts (a pod's interface: five messages); they are looked at together.
+const SETTLE: Duration = Duration::from_millis(5);
+
+/// An interface, as far as its programs depend on it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// Whether packets on it begin with an Ethernet header; `None` for layers that carry no IP as such.
+    pub has_ethernet_header: Option<bool>,
+    /// Whether it is a loopback device.
+    pub is_loopback: bool,
+    /// Whether it is a bridge, whose ports carry the hooks instead.
+    pub is_bridge: bool,
+    /// Whether it is one end of a pair whose other end is in another network namespace.
+    pub leads_to_namespace: bool,
+    /// Its own addresses.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// All interfaces by index.
+pub type Devices = BTreeMap<u32, Device>;
+
+/// Which interfaces the operator wants hooks on: `--devices` and `--exclude-devices`, patterns with `*`.
+#[derive(Clone, Default, Debug)]
+pub struct Selection {
+    /// Only these, if any are named.
+    pub only: Vec<String>,
+    /// Never these.
+    pub exclude: Vec<String>,
+}
+
+/// The program variant of each interface that gets hooks.
+///
+/// A pod's interface is a pair that leads into another namespace and carries none of the node's own addresses
+/// (`node_addresses`): a node whose uplink is such a pair itself, as in nested clusters, keeps that for the
+/// outside.
+pub fn hooked(
+    devices: &Devices,
+    selection: &Selection,
+    node_addresses: &BTreeSet<IpAddr>,
+) -> BTreeMap<u32, (String, DeviceProgram)> {
+    devices
+        .iter()
+        .filter(|(_, device)| !device.is_loopback && !device.is_bridge)
+        .filter(|(_, device)| selection.allows(&device.name))
+        .filter_map(|(index, device)| {
+            let is_pod = device.leads_to_namespace && device.addresses.is_disjoint(node_addresses);
+            let program = DeviceProgram { has_ethernet_header: device.has_ethernet_header?, is_pod };
+            Some((*index, (device.name.clone(), program)))
+        })
+        .collect()
+}
+
+/// Addresses on any interface, loopback devices included.
+pub fn local_addresses(devices: &Devices) -> BTreeSet<IpAddr> {
+    devices.values().flat_map(|device| device.addresses.iter().copied()).collect()
+}
+
+/// Sends all interfaces now and after every change, until the receiver is gone.
+pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (connection, handle, mut messages) =
+        new_multicast_connection(&groups).context("cannot listen for changes of interfaces (rtnetlink)")?;
+    tokio::spawn(connection);
+    let mut known: Option<Devices> = None;
+    loop {
+        let now = list(&handle).await?;
+        if known.as_ref() != Some(&now) {
+            if sender.send(now.clone()).await.is_err() {
+                return Ok(());
+            }
+            known = Some(now);
+        }
+        if messages.next().await.is_none() {
+            anyhow::bail!("the kernel closed the rtnetlink socket");
+        }
+        let settled = Instant::now() + SETTLE;
+        while tokio::time::timeout_at(settled, messages.next()).await.is_ok_and(|message| message.is_some()) {}
+    }
+}
+
+/// All interfaces as they are now.
+pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
+    let links: Vec<LinkMessage> =
+        handle.link().get().execute().try_collect().await.context("cannot list the interfaces (rtnetlink)")?;
+    let mut devices: Devices = links.iter().map(|link| (link.header.index, device(link))).collect();
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) =
+        addresses.try_next().await.context("cannot list the interfaces' addresses (rtnetlink)")?
+    {
+        let Some(device) = devices.get_mut(&message.header.index) else {
+            continue;
+        };
+        // On a point-to-point link "Address" is the peer's, and "Local" ours.
+        let local = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        });
+        let address = local.or_else(|| {
+            message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            })
+        });
+        device.addresses.extend(address);
+    }
+    Ok(devices)
+}
+
+fn device(link: &LinkMessage) -> Device {
+    let mut name = String::new();
+    let (mut is_bridge, mut is_veth, mut has_peer_namespace) = (false, false, false);
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name.clone_from(text),
+            LinkAttribute::LinkNetNsId(_) => has_peer_namespace = true,
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(InfoKind::Bridge) => is_bridge = true,
+                        LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit) => is_veth = true,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Device {
+        name,
+        has_ethernet_header: match link.header.link_layer_type {
+            LinkLayerType::Ether => Some(true),
+            LinkLayerType::None
+            | LinkLayerType::Ppp
+            | LinkLayerType::Rawip
+            | LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit
+            | LinkLayerType::Ipgre => Some(false),
+            _ => None,
+        },
+        is_loopback: link.header.flags.contains(LinkFlags::Loopback),
+        is_bridge,
+        leads_to_namespace: is_veth && has_peer_namespace,
+        addresses: BTreeSet::new(),
+    }
+}
+
+impl Selection {
+    fn allows(&self, name: &str) -> bool {
+        let among = |patterns: &[String]| patterns.iter().any(|pattern| matches(pattern, name));
+        (self.only.is_empty() || among(&self.only)) && !among(&self.exclude)
+    }
+}
+
+/// Whether `name` fits `pattern`, in which `*` stands for any text.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
+        return false;
+    };
+    let parts: Vec<&str> = parts.collect();
+    let Some((last, middle)) = parts.split_last() else {
+        return rest.is_empty();
+    };
+    for part in middle {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn veth(name: &str, addresses: &[&str]) -> Device {
+        Device {
+            name: name.to_owned(),
+            has_ethernet_header: Some(true),
+            is_loopback: false,
+            is_bridge: false,
+            leads_to_namespace: true,
+            addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        }
+    }
+
+    #[test]
+    fn pods_strangers_and_what_gets_no_hooks() {
+        let devices: Devices = [
+            (1, Device { is_loopback: true, ..veth("lo", &["127.0.0.1"]) }),
+            (2, veth("uplink", &["192.0.2.11", "fe80::1"])),
+            (3, veth("cali1", &["169.254.1.1"])),
+            (4, Device { is_bridge: true, ..veth("cni0", &["10.244.1.1"]) }),
+            (5, Device { leads_to_namespace: false, ..veth("vxlan0", &[]) }),
+            (6, Device { has_ethernet_header: Some(false), leads_to_namespace: false, ..veth("wg0", &[]) }),
+            (7, Device { has_ethernet_header: None, ..veth("can0", &[]) }),
+        ]
+        .into();
+        let node = ["192.0.2.11".parse().unwrap()].into();
+        let hooked = hooked(&devices, &Selection::default(), &node);
+        let table: Vec<_> =
+            hooked.values().map(|(name, p)| (name.as_str(), p.has_ethernet_header, p.is_pod)).collect();
+        assert_eq!(
+            table,
+            [("uplink", true, false), ("cali1", true, true), ("vxlan0", true, false), ("wg0", false, false)]
+        );
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, fits) in [
+            ("eth0", "eth0", true),
+            ("eth0", "eth01", false),
+            ("eth*", "eth01", true),
+            ("*", "anything", true),
+            ("c*i*0", "cali1230", true),
+            ("c*i*0", "cali123", false),
+            ("*0", "eth0", true),
+            ("a*a", "a", false),
+        ] {
+            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
+        }
+        let selection = Selection { only: vec!["eth*".into()], exclude: vec!["eth1".into()] };
+        assert!(selection.allows("eth0") && !selection.allows("eth1") && !selection.allows("wlan0"));
+    }
+}

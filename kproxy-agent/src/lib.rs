@@ -1,0 +1,15 @@
+//! The per-node agent of kproxy: from Kubernetes objects to BPF maps, and the operator's commands.
+//!
+//! Data flows one way: [`source`] → [`model`] → [`plan`] → [`maps`] → the programs.
+
+pub mod agent;
+pub mod cli;
+pub mod commands;
+pub mod devices;
+pub mod maps;
+pub mod model;
+pub mod node;
+pub mod plan;
+pub mod programs;
+pub mod source;
+pub mod wanted;

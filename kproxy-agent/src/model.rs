@@ -1,0 +1,339 @@
+//! From Kubernetes objects to what each Service wants in the tables: the rules of kube-proxy as plain values.
+//!
+//! Pure: no clock, no I/O. [`Model::apply`] takes what happened, [`Model::recompute`] says what follows from
+//! it. Every Service is computed by the same code from the same inputs, whether one object changed or all are
+//! new; what is incremental is only the choice of the Services that are looked at.
+
+mod change;
+mod claims;
+mod compute;
+mod config;
+mod endpoint_sets;
+mod frontends;
+mod node;
+pub mod objects;
+pub mod parse;
+mod pass_through;
+mod problem;
+
+pub use change::Change;
+pub use config::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope};
+pub use node::WantedNode;
+pub use problem::{ObjectKind, ObjectRef, Problem, ProblemKind};
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use kproxy_common::{Address, Cidr, FrontendKey};
+
+use crate::wanted::{ServiceKey, WantedService};
+use claims::{Claimant, Claims};
+use compute::{Context, wanted_service};
+use endpoint_sets::Place;
+use objects::{EndpointSlice, Node, ServedBy, Service};
+use parse::Parsed;
+
+/// All Services and endpoints of the cluster, as this node sees them.
+#[derive(Debug, Default)]
+pub struct Model {
+    config: NodeConfig,
+    node: Node,
+    /// The node's own addresses, out of `config` and `node`.
+    node_addresses: Vec<Address>,
+    local_addresses: BTreeSet<Address>,
+    service_cidrs: BTreeMap<String, Vec<Cidr>>,
+    services: BTreeMap<Arc<ServiceKey>, Entry>,
+    /// By the slice's key, the Service that it belongs to.
+    slice_owners: HashMap<ServiceKey, Arc<ServiceKey>>,
+    frontends: Claims<FrontendKey>,
+    addresses: Claims<Address>,
+    /// Services that an object change may have changed.
+    affected: BTreeSet<Arc<ServiceKey>>,
+    /// What the last [`recompute`](Self::recompute) said of the node.
+    wanted_node: Option<WantedNode>,
+    problems: Problems,
+}
+
+/// What follows from the changes since the last update.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Update {
+    /// The Services that want something else now; `None`: nothing any more.
+    pub services: BTreeMap<ServiceKey, Option<WantedService>>,
+    /// What the node wants, if that changed. The first update has it always.
+    pub node: Option<WantedNode>,
+    /// Problems that were not there before, sorted.
+    pub new_problems: Vec<Problem>,
+    /// Problems that are no more, sorted.
+    pub gone_problems: Vec<Problem>,
+}
+
+/// One Service's name: the Service, if it is there, and all that was said about it.
+#[derive(Debug, Default)]
+struct Entry {
+    service: Option<Service>,
+    slices: BTreeMap<Box<str>, EndpointSlice>,
+    /// What is entered in the model's claims, each sorted and once.
+    frontends: Box<[FrontendKey]>,
+    addresses: Box<[Address]>,
+    /// What the last update said.
+    wanted: Option<WantedService>,
+}
+
+impl Model {
+    /// A model without objects.
+    pub fn new(config: NodeConfig) -> Self {
+        let node_addresses = node::own_addresses(&config, &Node::default());
+        let local_addresses = config.local_addresses.clone();
+        Self { config, node_addresses, local_addresses, ..Self::default() }
+    }
+
+    /// Takes in what happened to one object.
+    pub fn apply(&mut self, change: Change) {
+        match change {
+            Change::Service(key, service) => self.apply_service(key, service.as_deref()),
+            Change::EndpointSlice(key, slice) => self.apply_slice(key, slice.as_deref()),
+            Change::Node(node) => self.apply_node(node.as_deref()),
+            Change::ServiceCidr(name, object) => {
+                let parsed = object.map(|object| parse::service_cidr(&name, &object));
+                let (ranges, problems) = split(parsed);
+                self.problems.set(ObjectRef::service_cidr(&name), Stage::Parsed, problems);
+                match ranges {
+                    Some(ranges) => self.service_cidrs.insert(name, ranges),
+                    None => self.service_cidrs.remove(&name),
+                };
+            }
+            Change::LocalAddresses(addresses) => {
+                // Whose ClusterIP stands on an interface now, or no longer.
+                for address in self.local_addresses.symmetric_difference(&addresses) {
+                    self.affected.extend(self.addresses.claimants(address).cloned());
+                }
+                self.local_addresses = addresses;
+            }
+        }
+    }
+
+    /// What follows from everything that was applied since the last call.
+    pub fn recompute(&mut self) -> Update {
+        self.frontends.settle(&mut self.affected);
+        self.addresses.settle(&mut self.affected);
+        let mut update = Update::default();
+        for key in std::mem::take(&mut self.affected) {
+            if let Some(wanted) = self.recompute_service(&key) {
+                update.services.insert((*key).clone(), wanted);
+            }
+        }
+        let node = self.recompute_node();
+        if self.wanted_node.as_ref() != Some(&node) {
+            self.wanted_node = Some(node.clone());
+            update.node = Some(node);
+        }
+        (update.new_problems, update.gone_problems) = self.problems.take_changes();
+        update
+    }
+
+    /// All problems there were at the last update, by object.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.reported.values().flatten()
+    }
+
+    /// Every Service that wants something, as of the last update.
+    pub fn services(&self) -> impl Iterator<Item = &WantedService> {
+        self.services.values().filter_map(|entry| entry.wanted.as_ref())
+    }
+
+    fn apply_service(&mut self, key: ServiceKey, service: Option<&core::Service>) {
+        let key = self.services.get_key_value(&key).map_or_else(|| Arc::new(key), |(key, _)| Arc::clone(key));
+        let extra = &self.config.pass_through.extra_annotations;
+        let (service, problems) = split(service.map(|service| parse::service(&key, service, extra)));
+        self.problems.set(ObjectRef::service(&key), Stage::Parsed, problems);
+        // One that has neither ports nor addresses for us need not be kept.
+        let service = service.filter(|service| service.served_by != ServedBy::Nobody);
+        let entry = match self.services.get_mut(&key) {
+            Some(entry) => entry,
+            None if service.is_none() => return,
+            None => self.services.entry(Arc::clone(&key)).or_default(),
+        };
+        if entry.service == service {
+            return;
+        }
+        let claimant = |service: &Service| Claimant { created: service.created, service: Arc::clone(&key) };
+        let before = entry.service.as_ref().map(claimant);
+        let after = service.as_ref().map(claimant);
+        let (frontends, addresses) = match &service {
+            Some(service) => claimed(service, &self.config),
+            None => Default::default(),
+        };
+        move_claims(&mut self.frontends, &entry.frontends, &frontends, before.as_ref(), after.as_ref());
+        move_claims(&mut self.addresses, &entry.addresses, &addresses, before.as_ref(), after.as_ref());
+        *entry = Entry { service, frontends, addresses, ..std::mem::take(entry) };
+        self.affected.insert(key);
+    }
+
+    fn apply_slice(&mut self, key: ServiceKey, slice: Option<&discovery::EndpointSlice>) {
+        let (slice, problems) = split(slice.map(|slice| parse::endpoint_slice(&key, slice)));
+        self.problems.set(ObjectRef::endpoint_slice(&key), Stage::Parsed, problems);
+        let slice = slice.flatten();
+        let owner = slice.as_ref().map(|slice| {
+            let owner = ServiceKey { namespace: key.namespace.clone(), name: (*slice.service).to_owned() };
+            self.services.get_key_value(&owner).map_or_else(|| Arc::new(owner), |(key, _)| Arc::clone(key))
+        });
+        let name = key.name.as_str();
+        if let Some(before) = self.slice_owners.get(&key)
+            && owner.as_ref() != Some(before)
+        {
+            if let Some(entry) = self.services.get_mut(before) {
+                entry.slices.remove(name);
+            }
+            self.affected.insert(Arc::clone(before));
+        }
+        let (Some(slice), Some(owner)) = (slice, owner) else {
+            self.slice_owners.remove(&key);
+            return;
+        };
+        let entry = self.services.entry(Arc::clone(&owner)).or_default();
+        if entry.slices.get(name) == Some(&slice) {
+            return;
+        }
+        entry.slices.insert(name.into(), slice);
+        self.affected.insert(Arc::clone(&owner));
+        self.slice_owners.insert(key, owner);
+    }
+
+    fn apply_node(&mut self, node: Option<&core::Node>) {
+        let is_other = |node: &core::Node| node.metadata.name.as_deref() != Some(&self.config.node_name);
+        if node.is_some_and(is_other) {
+            return;
+        }
+        let (node, problems) = split(node.map(parse::node));
+        self.problems.set(ObjectRef::node(&self.config.node_name), Stage::Parsed, problems);
+        let node = node.unwrap_or_default();
+        // A Node changes every few seconds: its zone and addresses hardly ever do.
+        if node == self.node {
+            return;
+        }
+        self.node_addresses = node::own_addresses(&self.config, &node);
+        self.node = node;
+        self.affected.extend(self.services.keys().cloned());
+    }
+
+    /// What the Service wants, if that changed.
+    fn recompute_service(&mut self, key: &Arc<ServiceKey>) -> Option<Option<WantedService>> {
+        let entry = self.services.get_mut(key)?;
+        let context = Context {
+            config: &self.config,
+            place: Place { node: &self.config.node_name, zone: self.node.zone.as_deref() },
+            node_addresses: &self.node_addresses,
+            local_addresses: &self.local_addresses,
+            frontends: &self.frontends,
+            addresses: &self.addresses,
+        };
+        let (wanted, problems) = match &entry.service {
+            Some(service) => wanted_service(service, &entry.slices, &context),
+            None => (None, Vec::new()),
+        };
+        self.problems.set(ObjectRef::service(key), Stage::Computed, problems);
+        let changed = (entry.wanted != wanted).then(|| {
+            entry.wanted.clone_from(&wanted);
+            wanted
+        });
+        if entry.service.is_none() && entry.slices.is_empty() {
+            self.services.remove(key);
+        }
+        changed
+    }
+
+    fn recompute_node(&mut self) -> WantedNode {
+        let (service_cidrs, problems) = node::service_cidrs(&self.config, &self.service_cidrs);
+        self.problems.set(ObjectRef::node(&self.config.node_name), Stage::Computed, problems);
+        let node_port_addresses = node::node_port_addresses(
+            &self.config,
+            &self.node_addresses,
+            &self.local_addresses,
+            &self.addresses,
+        );
+        WantedNode { node_port_addresses, service_cidrs }
+    }
+}
+
+/// The keys that a Service claims, each sorted and once.
+fn claimed(service: &Service, config: &NodeConfig) -> (Box<[FrontendKey]>, Box<[Address]>) {
+    let frontends = frontends::frontends(service, config).claimed;
+    let frontends: BTreeSet<_> = frontends.iter().map(|frontend| frontend.key).collect();
+    let addresses: BTreeSet<_> = service.cluster_ips.iter().copied().collect();
+    (frontends.into_iter().collect(), addresses.into_iter().collect())
+}
+
+/// Enters what is claimed after a change in place of what was before; both sorted.
+fn move_claims<K: Copy + Ord + std::hash::Hash>(
+    claims: &mut Claims<K>,
+    keys_before: &[K],
+    keys_after: &[K],
+    before: Option<&Claimant>,
+    after: Option<&Claimant>,
+) {
+    let is_same = before == after;
+    if let Some(before) = before {
+        let gone = keys_before.iter().filter(|key| !is_same || keys_after.binary_search(key).is_err());
+        gone.for_each(|key| claims.remove(*key, before));
+    }
+    if let Some(after) = after {
+        let new = keys_after.iter().filter(|key| !is_same || keys_before.binary_search(key).is_err());
+        new.for_each(|key| claims.add(*key, after.clone()));
+    }
+}
+
+fn split<T>(parsed: Option<Parsed<T>>) -> (Option<T>, Vec<Problem>) {
+    parsed.map_or((None, Vec::new()), |Parsed { value, problems }| (Some(value), problems))
+}
+
+/// In which step a problem is found: each step replaces what it said before.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Stage {
+    Parsed,
+    Computed,
+}
+
+/// The problems of all objects, and what of them is news.
+#[derive(Debug, Default)]
+struct Problems {
+    current: BTreeMap<(ObjectRef, Stage), Vec<Problem>>,
+    reported: BTreeMap<ObjectRef, BTreeSet<Problem>>,
+    touched: BTreeSet<ObjectRef>,
+}
+
+impl Problems {
+    /// `problems` are all that `stage` finds wrong with `object`.
+    fn set(&mut self, object: ObjectRef, stage: Stage, problems: Vec<Problem>) {
+        let key = (object, stage);
+        let before = if problems.is_empty() {
+            // Nearly always there were none, and then nothing is allocated.
+            self.current.remove(&key)
+        } else {
+            self.current.insert(key.clone(), problems)
+        };
+        if before.is_some() || self.current.contains_key(&key) {
+            self.touched.insert(key.0);
+        }
+    }
+
+    /// What came and what went since the last call.
+    fn take_changes(&mut self) -> (Vec<Problem>, Vec<Problem>) {
+        let (mut new, mut gone) = (Vec::new(), Vec::new());
+        for object in std::mem::take(&mut self.touched) {
+            let stages = [Stage::Parsed, Stage::Computed].map(|stage| self.current.get(&(object.clone(), stage)));
+            let now: BTreeSet<Problem> = stages.into_iter().flatten().flatten().cloned().collect();
+            let before = self.reported.remove(&object).unwrap_or_default();
+            new.extend(now.difference(&before).cloned());
+            gone.extend(before.difference(&now).cloned());
+            if !now.is_empty() {
+                self.reported.insert(object, now);
+            }
+        }
+        // Most stand sorted already: only what the node says of ServiceCIDRs does not.
+        new.sort();
+        gone.sort();
+        (new, gone)
+    }
+}

@@ -1,0 +1,26 @@
+//! What can happen to the model: one object that came, changed or went.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kproxy_common::Address;
+
+use crate::wanted::ServiceKey;
+
+/// One object as it is now; `None`: it is gone. The key stands beside the object, since an object that is
+/// gone has none, and one from a file may lack its namespace.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// A Service.
+    Service(ServiceKey, Option<Box<Service>>),
+    /// An EndpointSlice; the key is the slice's own namespace and name.
+    EndpointSlice(ServiceKey, Option<Box<EndpointSlice>>),
+    /// This node's Node object. One with another name is ignored.
+    Node(Option<Box<Node>>),
+    /// A ServiceCIDR, by its name.
+    ServiceCidr(String, Option<Box<ServiceCIDR>>),
+    /// All addresses that stand on interfaces of this node, loopback included or not.
+    LocalAddresses(BTreeSet<Address>),
+}

@@ -1,0 +1,433 @@
+//! The writes for the Services that changed: blocks, numbers, words, frontends and source ranges.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use kproxy_common::{
+    Address, Backend, Block as BlockWord, Cidr, FrontendKey, NAME_LENGTH, Options, ServiceEntry,
+    ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
+};
+
+use super::{
+    Block, Fate, Handover, Info, Op, PlanError, Planner, Port, Word, Writes, check, describe, error::flags,
+};
+use crate::wanted::{WantedFrontend, WantedPort, WantedService, WantedSide};
+
+/// Why a Service's writes are not in the plan.
+pub(super) enum Obstacle {
+    NeedsGrace,
+    DoesNotFit(PlanError),
+}
+
+impl From<PlanError> for Obstacle {
+    fn from(error: PlanError) -> Self {
+        Self::DoesNotFit(error)
+    }
+}
+
+impl Planner<'_> {
+    /// Refuses what cannot be stored, and notes who wants which frontend and address.
+    pub(super) fn claim(&mut self) {
+        for index in 0..self.services.len() {
+            let Some(wanted) = self.services[index].wanted else { continue };
+            let keys = || wanted.ports.iter().flat_map(|port| &port.frontends).map(|frontend| frontend.key);
+            let taken = keys().find_map(|key| Some((key, *self.claims.get(&key)?)));
+            let checked = match taken {
+                Some((key, other)) => Err(PlanError::Claimed {
+                    frontend: describe(&key),
+                    other: self.services[other].key.to_string(),
+                }),
+                None => check::service(wanted),
+            };
+            if let Err(error) = checked {
+                self.services[index].fate = Fate::Refused(error);
+                continue;
+            }
+            self.claims.extend(keys().map(|key| (key, index)));
+            for (address, _) in &wanted.addresses {
+                self.address_claims.entry(*address).or_insert(index);
+            }
+        }
+    }
+
+    /// Plans each Service that wants something, all or nothing.
+    pub(super) fn plan_services(&mut self) {
+        for index in 0..self.services.len() {
+            let candidate = &self.services[index];
+            let Some(wanted) = candidate.wanted else { continue };
+            if matches!(candidate.fate, Fate::Refused(_)) {
+                continue;
+            }
+            let reserved = self.tables.reserved();
+            let mut writes = Writes::default();
+            let fate = match self.plan_service(index, wanted, &mut writes) {
+                Ok(()) => {
+                    self.writes.append(writes);
+                    Fate::Planned
+                }
+                Err(obstacle) => {
+                    self.tables.release_reserved(reserved);
+                    self.deferred.remove(&index);
+                    match obstacle {
+                        Obstacle::NeedsGrace => Fate::NeedsGrace,
+                        Obstacle::DoesNotFit(error) => Fate::Short(error),
+                    }
+                }
+            };
+            self.services[index].fate = fate;
+        }
+    }
+
+    /// A Service that does not fit is tried again after a grace period if this plan, or an earlier one, takes
+    /// something out of use; else it is refused.
+    pub(super) fn settle_shortages(&mut self) {
+        let mut frees = self.tables.needs_grace() || !self.writes.words.is_empty();
+        frees |= (0..self.services.len()).any(|index| !self.unwanted_numbers(index).is_empty());
+        for candidate in &mut self.services {
+            if let Fate::Short(error) = &candidate.fate
+                && !frees
+            {
+                candidate.fate = Fate::Refused(error.clone());
+            }
+        }
+    }
+
+    /// Deletes the frontends that a Service no longer wants, unless another one takes them.
+    pub(super) fn plan_releases(&mut self) {
+        for index in 0..self.services.len() {
+            if !matches!(self.services[index].fate, Fate::Planned) {
+                continue;
+            }
+            for (key, taker) in self.unwanted_numbers(index) {
+                match taker.map(|taker| (taker, &self.services[taker].fate)) {
+                    None | Some((_, Fate::Refused(_))) => {
+                        self.writes.deleted_frontends.push(Op { party: index, write: key });
+                    }
+                    Some((taker, Fate::Planned)) => {
+                        self.handovers.push(Handover { from: index, to: taker, what: describe(&key) });
+                    }
+                    Some((_, Fate::NeedsGrace | Fate::Short(_))) => {
+                        self.deferred.insert(index);
+                    }
+                }
+            }
+            self.release_addresses(index);
+        }
+    }
+
+    /// The frontends that this Service has and does not want, and which other Service wants them.
+    fn unwanted_numbers(&self, index: usize) -> Vec<(FrontendKey, Option<usize>)> {
+        let candidate = &self.services[index];
+        if !matches!(candidate.fate, Fate::Planned) {
+            return Vec::new();
+        }
+        let frontend = |number: u32| self.tables.numbers[number as usize].frontend;
+        self.tables
+            .owned_numbers(&candidate.key)
+            .filter_map(frontend)
+            .map(|key| (key, self.claims.get(&key).copied()))
+            .filter(|(_, taker)| *taker != Some(index))
+            .collect()
+    }
+
+    fn plan_service(
+        &mut self,
+        index: usize,
+        wanted: &WantedService,
+        writes: &mut Writes,
+    ) -> Result<(), Obstacle> {
+        for port in &wanted.ports {
+            self.plan_port(index, wanted, port, writes)?;
+        }
+        self.plan_addresses(index, wanted, writes)
+    }
+
+    fn plan_port(
+        &mut self,
+        index: usize,
+        service: &WantedService,
+        wanted: &WantedPort,
+        writes: &mut Writes,
+    ) -> Result<(), Obstacle> {
+        let Some(first) = wanted.frontends.first() else { return Ok(()) };
+        let port = self.port(index, wanted, first.key.address().is_v4());
+        let block = self.plan_block(index, wanted, &port, writes)?;
+        for frontend in &wanted.frontends {
+            let words = words(wanted, frontend, &port, block);
+            let info = Box::new(info(service, wanted, frontend, self.now));
+            match self.tables.number(&frontend.key) {
+                Some(number) => {
+                    self.plan_change(index, frontend, &port, number, words, info, writes)?;
+                }
+                None => self.plan_new(index, frontend, &port, words, info, writes)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The Service port's identity: the one that it has, or a new one.
+    fn port(&mut self, index: usize, wanted: &WantedPort, v4: bool) -> Arc<Port> {
+        let service = &self.services[index].key;
+        let owned = self.tables.services.get(service).map_or(&[][..], |owned| &owned.ports);
+        let known = owned
+            .iter()
+            .filter_map(|id| self.tables.ports.get(id))
+            .map(|record| &record.port)
+            .find(|port| *port.name == *wanted.name && port.protocol == wanted.protocol && port.v4 == v4);
+        if let Some(port) = known {
+            return port.clone();
+        }
+        let id = self.tables.new_service_id();
+        let (name, protocol) = (wanted.name.as_str().into(), wanted.protocol);
+        Arc::new(Port { id, service: service.clone(), name, protocol, v4 })
+    }
+
+    /// The block with just these backends: one that is there, or a fresh one.
+    fn plan_block(
+        &mut self,
+        index: usize,
+        wanted: &WantedPort,
+        port: &Port,
+        writes: &mut Writes,
+    ) -> Result<BlockWord, Obstacle> {
+        let (in_sets, serving) = (wanted.in_sets, wanted.backends.len() as u16);
+        if serving == 0 {
+            return Ok(BlockWord::EMPTY);
+        }
+        let numbers = self.tables.ports.get(&port.id).map(|record| &record.numbers);
+        let numbers: Vec<u32> = numbers
+            .into_iter()
+            .flatten()
+            .copied()
+            .filter(|number| self.tables.identity(*number).service() == port.id)
+            .collect();
+        // Affinity that was switched off has ended: clients of the time before are not bound when it comes back.
+        let switched_on = wanted.affinity_timeout > 0
+            && numbers.iter().any(|number| self.tables.identity(*number).affinity_timeout() == 0);
+        let mut blocks: HashMap<(u32, u16), u16> = HashMap::new();
+        if !switched_on {
+            for number in &numbers {
+                let block = BlockWord::from_word(self.tables.words(*number)[Word::Block as usize]);
+                if block.serving() > 0 {
+                    let known = blocks.entry((block.first_slot(), block.serving())).or_insert(u16::MAX);
+                    *known = block.in_sets().min(*known);
+                }
+            }
+        }
+        let blocks: BTreeSet<_> =
+            blocks.into_iter().map(|((first, serving), in_sets)| (first, in_sets, serving)).collect();
+        let blocks: Vec<_> =
+            blocks.into_iter().map(|(first, sets, all)| BlockWord::new(first, sets, all)).collect();
+        if let Some(block) = blocks.iter().find(|block| self.holds(block, wanted, port)) {
+            return Ok(BlockWord::new(block.first_slot(), in_sets, serving));
+        }
+        let Some(first_slot) = self.tables.slots.reserve(u32::from(serving)) else {
+            let slots = &self.tables.slots;
+            return Err(PlanError::NoRoom {
+                needed: usize::from(serving),
+                free: slots.free(),
+                longest: slots.longest_free(),
+                capacity: self.tables.capacity.backends,
+                flag: flags::BACKENDS,
+            }
+            .into());
+        };
+        let joined = self.joined(&blocks, port);
+        let mut backends = Vec::with_capacity(wanted.backends.len());
+        for (place, backend) in wanted.backends.iter().enumerate() {
+            let joined = match joined.get(&(backend.address, backend.port)) {
+                _ if place >= usize::from(in_sets) => 0,
+                Some(joined) => *joined,
+                None => self.tables.new_joined(),
+            };
+            backends.push(Backend::new(
+                backend.address,
+                backend.port,
+                backend.location,
+                backend.state,
+                port.id,
+                joined,
+            ));
+        }
+        writes.backends.push(Op { party: index, write: Block { first_slot, backends } });
+        Ok(BlockWord::new(first_slot, in_sets, serving))
+    }
+
+    /// Whether a block that is in use holds just what is wanted. One from whose sets a backend that is wanted
+    /// in them is missing does not: when it enters again it gets a new [`Backend::joined`].
+    fn holds(&self, block: &BlockWord, wanted: &WantedPort, port: &Port) -> bool {
+        if usize::from(block.serving()) != wanted.backends.len() || block.in_sets() < wanted.in_sets {
+            return false;
+        }
+        wanted.backends.iter().enumerate().all(|(place, backend)| {
+            self.tables.backend(block.first_slot().wrapping_add(place as u32)).is_some_and(|slot| {
+                slot.is(port.id, &backend.address, backend.port)
+                    && slot.location() == backend.location
+                    && slot.state() == backend.state
+                    && (place >= usize::from(wanted.in_sets) || slot.joined() != 0)
+            })
+        })
+    }
+
+    /// When each backend that is in the sets entered them. Where an agent was stopped between two blocks, only
+    /// what both agree on counts: losing affinity is harmless, keeping it wrongly is not.
+    fn joined(&self, blocks: &[BlockWord], port: &Port) -> HashMap<(Address, u16), u32> {
+        let in_block = |block: &BlockWord| -> HashMap<(Address, u16), u32> {
+            (0..u32::from(block.in_sets()))
+                .filter_map(|offset| self.tables.backend(block.first_slot().wrapping_add(offset)))
+                .filter(|backend| backend.service() == port.id && backend.joined() != 0)
+                .map(|backend| ((backend.address(), backend.port()), backend.joined()))
+                .collect()
+        };
+        let Some((first, rest)) = blocks.split_first() else { return HashMap::new() };
+        let mut joined = in_block(first);
+        for block in rest {
+            let other = in_block(block);
+            joined.retain(|backend, joined| other.get(backend) == Some(joined));
+        }
+        joined
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what a frontend is, and where its writes go")]
+    fn plan_change(
+        &mut self,
+        index: usize,
+        frontend: &WantedFrontend,
+        port: &Arc<Port>,
+        number: u32,
+        words: [u64; 4],
+        info: Box<ServiceInfo>,
+        writes: &mut Writes,
+    ) -> Result<(), Obstacle> {
+        let mut changed = self.plan_ranges(index, frontend, number, writes)?;
+        let current = self.tables.words(number);
+        for word in Word::STORE_ORDER {
+            let value = words[word as usize];
+            if value != current[word as usize] {
+                writes.words.push(Op { party: index, write: (number, word, value) });
+                changed = true;
+            }
+        }
+        let known = self.tables.info(number);
+        changed |= known.is_none_or(|known| ServiceInfo { changed: info.changed, ..*known } != *info);
+        changed |= self.tables.owner(number).is_none_or(|owner| owner.id != port.id);
+        if changed {
+            writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
+        }
+        Ok(())
+    }
+
+    fn plan_new(
+        &mut self,
+        index: usize,
+        frontend: &WantedFrontend,
+        port: &Arc<Port>,
+        words: [u64; 4],
+        info: Box<ServiceInfo>,
+        writes: &mut Writes,
+    ) -> Result<(), Obstacle> {
+        let key = frontend.key;
+        if self.tables.deleted.frontend || self.tables.leftovers.frontends.contains(&key) {
+            return Err(Obstacle::NeedsGrace);
+        }
+        let in_map = self.tables.frontend.len() + self.tables.leftovers.frontends.len();
+        let in_plan = self.writes.frontends.len() + writes.frontends.len();
+        let capacity = self.tables.capacity.frontends;
+        let room = in_map + in_plan < capacity as usize;
+        let Some(number) = room.then(|| self.tables.reserve_number()).flatten() else {
+            let free = (capacity as usize).saturating_sub(in_map + self.writes.frontends.len());
+            let (what, flag) = ("frontends", flags::FRONTENDS);
+            return Err(
+                PlanError::Full { what, needed: writes.frontends.len() + 1, free, capacity, flag }.into()
+            );
+        };
+        self.plan_ranges(index, frontend, number, writes)?;
+        writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
+        writes.counters.push(Op { party: index, write: number });
+        writes.entries.push(Op { party: index, write: (number, entry(words)) });
+        writes.frontends.push(Op { party: index, write: (key, number) });
+        Ok(())
+    }
+
+    /// Ranges are there before a word asks for them, and until a grace period after none does any more.
+    fn plan_ranges(
+        &mut self,
+        index: usize,
+        frontend: &WantedFrontend,
+        number: u32,
+        writes: &mut Writes,
+    ) -> Result<bool, Obstacle> {
+        let asked = (frontend.inside.options | frontend.outside.options) & Options::SOURCE_RANGES != 0;
+        let ranges = asked.then_some(&frontend.source_ranges).into_iter().flatten();
+        let wanted: BTreeSet<SourceRangeKey> =
+            ranges.map(|range| SourceRangeKey::new(number, &canonical(range))).collect();
+        let mut changed = false;
+        for key in self.tables.source_ranges(number).filter(|key| !wanted.contains(key)) {
+            if !self.tables.retired_ranges.contains(key) {
+                writes.retired_ranges.push(Op { party: index, write: *key });
+                changed = true;
+            }
+        }
+        for key in wanted {
+            if self.tables.source_range.get(&number).is_some_and(|present| present.contains(&key)) {
+                changed |= self.tables.retired_ranges.remove(&key);
+                continue;
+            }
+            if self.tables.deleted.source_range {
+                return Err(Obstacle::NeedsGrace);
+            }
+            let in_map = self.tables.source_range_count + self.writes.source_ranges.len();
+            let capacity = self.tables.capacity.source_ranges;
+            let needed = writes.source_ranges.len() + 1;
+            if in_map + needed > capacity as usize {
+                let free = (capacity as usize).saturating_sub(in_map);
+                let (what, flag) = ("source ranges", flags::SOURCE_RANGES);
+                return Err(PlanError::Full { what, needed, free, capacity, flag }.into());
+            }
+            writes.source_ranges.push(Op { party: index, write: key });
+            changed = true;
+        }
+        Ok(changed)
+    }
+}
+
+fn words(port: &WantedPort, frontend: &WantedFrontend, identity: &Port, block: BlockWord) -> [u64; 4] {
+    let side = |side: &WantedSide| {
+        let first = if side.count == 0 { 0 } else { block.first_slot() + u32::from(side.offset) };
+        Side::new(first, side.count, side.mode, side.options)
+    };
+    let identity = ServiceIdentity::new(identity.id, port.affinity_timeout);
+    ServiceEntry { inside: side(&frontend.inside), outside: side(&frontend.outside), identity, block }
+        .to_words()
+}
+
+fn entry(words: [u64; 4]) -> ServiceEntry {
+    // The words were made from an entry just before.
+    ServiceEntry::from_words(words).unwrap_or(ServiceEntry::UNUSED)
+}
+
+fn info(service: &WantedService, port: &WantedPort, frontend: &WantedFrontend, now: u64) -> ServiceInfo {
+    let mut name = [0; NAME_LENGTH];
+    let text = check::full_name(&service.key, &port.name);
+    name[..text.len()].copy_from_slice(text.as_bytes());
+    ServiceInfo {
+        name,
+        changed: now,
+        frontend: frontend.key,
+        frontend_kind: frontend.kind as u8,
+        service_kind: service.kind as u8,
+        traffic_policy: frontend.policy as u8,
+        pass_through_rule: frontend.pass_through_rule as u8,
+    }
+}
+
+/// The prefix without the bits that do not count: the kernel keeps them, and two that differ only there are
+/// one element of the map.
+fn canonical(range: &Cidr) -> Cidr {
+    let length = range.prefix_length().min(128);
+    let bits = u128::from_be_bytes(range.address().octets());
+    let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
+    Cidr::new(Address::new((bits & mask).to_be_bytes()), length)
+}

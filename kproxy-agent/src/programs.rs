@@ -1,0 +1,15 @@
+//! The programs in the kernel: loading them over the pinned maps, and attaching them so that they stay when
+//! the agent goes.
+//!
+//! Links are pinned. A restart puts its programs into the links that are there (one atomic exchange, nothing
+//! is ever detached in between), after the maps are filled.
+
+mod attach;
+mod load;
+mod sys;
+
+pub use attach::{Attached, DeviceProgram, Hook, remove_clsact};
+pub use load::{
+    Capacities, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval, has_tcx, pinned_maps,
+};
+pub use sys::namespace_cookie;

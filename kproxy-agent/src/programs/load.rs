@@ -1,0 +1,244 @@
+//! Loading: the embedded object, over the maps that are pinned already or are made now.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, EbpfLoader, maps::MapData, programs::Program};
+use kproxy_common::map_names as names;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+/// The compiled programs, `cargo xtask build` puts them here.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
+
+/// How many entries the maps have room for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacities {
+    /// Frontends: addresses times ports of all Services.
+    pub frontends: u32,
+    /// Backend slots: twice the endpoints of all Services, since a change writes anew beside the old.
+    pub backends: u32,
+    /// Flows of the packet path, in each of the two tables; also clients with session affinity.
+    pub flows: u32,
+}
+
+impl Capacities {
+    /// Enough to see whether a kernel accepts maps and programs.
+    pub const SMALL: Self = Self { frontends: 16, backends: 16, flows: 16 };
+}
+
+impl Default for Capacities {
+    fn default() -> Self {
+        Self { frontends: 32_768, backends: 262_144, flows: 65_536 }
+    }
+}
+
+impl Capacities {
+    /// The entries of a map, where they depend on the node rather than on the program.
+    fn of(&self, map: &str) -> Option<u32> {
+        match map {
+            names::FRONTEND | names::SERVICE | names::SERVICE_INFO | names::ADDRESS | names::COUNTER => {
+                Some(self.frontends)
+            }
+            names::BACKEND => Some(self.backends),
+            names::AFFINITY | names::FLOW | names::FLOW_TRANSIENT => Some(self.flows),
+            _ => None,
+        }
+    }
+}
+
+/// The programs could not be loaded.
+#[derive(thiserror::Error, Debug)]
+pub enum LoadError {
+    /// The folder for pins is not on a bpffs.
+    #[error(
+        "{path} is not on a bpf file system, where maps and programs outlive the agent: \
+         mount one (mount -t bpf bpf /sys/fs/bpf) or name another folder with --bpf-root"
+    )]
+    NotBpffs {
+        /// `--bpf-root`.
+        path: PathBuf,
+    },
+    /// A file operation failed.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The kernel refused the maps or the object.
+    #[error("the kernel refused kproxy's maps: {0}; `kproxy check` says what this kernel lacks")]
+    Maps(#[source] Box<aya::EbpfError>),
+    /// The kernel refused a program.
+    #[error("the kernel refused the program {name}: {source}; `kproxy check` says what this kernel lacks")]
+    Program {
+        /// The program.
+        name: String,
+        /// The verifier's words.
+        source: Box<aya::programs::ProgramError>,
+    },
+}
+
+/// The loaded programs. They are attached by [`crate::programs::Attached`].
+pub struct Programs {
+    pub(super) ebpf: Ebpf,
+}
+
+impl Programs {
+    /// Opens the maps pinned below `root`, makes those that are missing, and loads every program over them.
+    /// Maps of another shape (another version, other capacities) are unpinned and made anew: the programs
+    /// that run keep the old ones until they are exchanged, which happens after the new ones are filled.
+    pub fn load(root: &Path, capacities: &Capacities) -> Result<Self, LoadError> {
+        check_bpf_root(root)?;
+        unpin_others(root, capacities)?;
+        load(Some(root), capacities)
+    }
+
+    /// Loads every program over maps of its own, which go with it: to see whether this kernel accepts them.
+    pub fn load_unpinned(capacities: &Capacities) -> Result<Self, LoadError> {
+        load(None, capacities)
+    }
+
+    /// Each program with the instructions that the kernel holds of it and those that its verifier walked.
+    pub fn sizes(&self) -> Vec<(String, u32, Option<u32>)> {
+        let mut sizes: Vec<_> = self
+            .ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                let info = program.info().ok()?;
+                Some((name.to_owned(), info.size_translated().unwrap_or(0) / 8, info.verified_instruction_count()))
+            })
+            .collect();
+        sizes.sort();
+        sizes
+    }
+}
+
+fn load(root: Option<&Path>, capacities: &Capacities) -> Result<Programs, LoadError> {
+    let pins: Vec<(&str, Option<PathBuf>)> =
+        pinned_maps().iter().map(|name| (*name, root.map(|root| root.join(name)))).collect();
+    let set_retval = u32::from(has_set_retval());
+    let mut loader = EbpfLoader::new();
+    loader.override_global("HAS_SET_RETVAL", &set_retval, true);
+    for (name, pin) in &pins {
+        if let Some(pin) = pin {
+            loader.map_pin_path(name, pin.clone());
+        }
+        if let Some(entries) = capacities.of(name) {
+            loader.map_max_entries(name, entries);
+        }
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| LoadError::Maps(Box::new(error)))?;
+    for (name, program) in ebpf.programs_mut() {
+        let loaded = match program {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
+            _ => continue,
+        };
+        loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;
+    }
+    Ok(Programs { ebpf })
+}
+
+/// The names of all maps that are pinned.
+pub fn pinned_maps() -> &'static [&'static str] {
+    &[
+        names::FRONTEND,
+        names::SERVICE,
+        names::SERVICE_INFO,
+        names::BACKEND,
+        names::ADDRESS,
+        names::SOURCE_RANGE,
+        names::AFFINITY,
+        names::FLOW,
+        names::FLOW_TRANSIENT,
+        names::SOCKET,
+        names::SOCKET_OVERFLOW,
+        names::COUNTER,
+        names::REASON,
+        names::CONFIG,
+        names::OWNER,
+    ]
+}
+
+/// Makes the folder for pins, and makes sure that it is on a bpffs.
+pub fn check_bpf_root(root: &Path) -> Result<(), LoadError> {
+    check_on_bpffs(root)?;
+    fs::create_dir_all(root).map_err(|source| LoadError::Io { what: "make the folder", path: root.to_owned(), source })
+}
+
+/// Makes sure that `root`, or the folder that it would be made in, is on a bpffs.
+pub fn check_on_bpffs(root: &Path) -> Result<(), LoadError> {
+    let existing = root.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    let kind = statfs(existing)
+        .map_err(|errno| LoadError::Io { what: "look at", path: existing.to_owned(), source: errno.into() })?
+        .filesystem_type();
+    if kind != BPF_FS_MAGIC {
+        return Err(LoadError::NotBpffs { path: root.to_owned() });
+    }
+    Ok(())
+}
+
+/// Whether packet programs can be attached by TCX links (6.6).
+pub fn has_tcx() -> bool {
+    aya::util::KernelVersion::at_least(6, 6, 0)
+}
+
+/// Whether the kernel has `bpf_set_retval` for socket programs (5.18).
+pub fn has_set_retval() -> bool {
+    aya::sys::is_helper_supported(
+        aya::programs::ProgramType::CgroupSockAddr,
+        aya::sys::BpfHelper::BPF_FUNC_set_retval,
+    )
+    .unwrap_or(false)
+}
+
+/// Removes the pins of maps that this version cannot use.
+fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
+    for name in pinned_maps() {
+        let pin = root.join(name);
+        let Ok(map) = MapData::from_pin(&pin) else {
+            continue;
+        };
+        let usable = map.info().is_ok_and(|info| {
+            shape(name).is_none_or(|(key, value)| (info.key_size(), info.value_size()) == (key, value))
+                && capacities.of(name).is_none_or(|entries| info.max_entries() == entries)
+        });
+        if usable {
+            continue;
+        }
+        tracing::warn!(map = name, "the pinned map has another layout or capacity: it is made anew and filled");
+        drop(map);
+        fs::remove_file(&pin).map_err(|source| LoadError::Io { what: "unpin", path: pin.clone(), source })?;
+    }
+    Ok(())
+}
+
+/// Key and value sizes in octets, as this version lays them out.
+fn shape(map: &str) -> Option<(u32, u32)> {
+    use kproxy_common::{
+        Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, Flow, FlowKey, FrontendKey,
+        Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
+    };
+    let sizes = match map {
+        names::FRONTEND => (size_of::<FrontendKey>(), 4),
+        names::SERVICE => (4, size_of::<ServiceEntry>()),
+        names::SERVICE_INFO => (4, size_of::<ServiceInfo>()),
+        names::BACKEND => (4, size_of::<Backend>()),
+        names::ADDRESS => (size_of::<Address>(), size_of::<AddressEntry>()),
+        names::SOURCE_RANGE => (size_of::<SourceRangeKey>(), 4),
+        names::AFFINITY => (size_of::<AffinityKey>(), size_of::<AffinityValue>()),
+        names::FLOW | names::FLOW_TRANSIENT => (size_of::<FlowKey>(), size_of::<Flow>()),
+        names::SOCKET => (4, size_of::<SocketRecords>()),
+        names::COUNTER => (4, size_of::<Counters>()),
+        names::REASON => (4, 8),
+        names::CONFIG => (4, size_of::<Config>()),
+        names::OWNER => (4, size_of::<Owner>()),
+        _ => return None,
+    };
+    Some((sizes.0 as u32, sizes.1 as u32))
+}

@@ -1,0 +1,310 @@
+//! From the text of a file to objects: YAML in several documents, JSON, and lists of objects. Pure.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::source::object::{Kind, Object, ObjectKey};
+use crate::source::problem::ProblemKind;
+
+/// How deep `kind: List` may hold lists.
+const LIST_DEPTH: usize = 4;
+
+/// A part of a file that is read by itself: what stands between two `---` of YAML, or all of a JSON file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Document<'a> {
+    /// The line of the file that it begins on, from 1.
+    pub(super) line: usize,
+    /// Its text; a `---` that it begins with is part of it.
+    pub(super) text: &'a str,
+}
+
+impl Document<'_> {
+    /// The same text has the same number, wherever it stands.
+    pub(super) fn hash(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.text.trim_end().hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// What one document held.
+#[derive(Default, PartialEq, Debug)]
+pub(super) struct Parsed {
+    pub(super) objects: Vec<Item>,
+    pub(super) flaws: Vec<Flaw>,
+}
+
+/// An object and what to compare it by.
+#[derive(PartialEq, Debug)]
+pub(super) struct Item {
+    pub(super) key: ObjectKey,
+    /// Equal for equal content. Only numbers of the same key are compared.
+    pub(super) hash: u64,
+    pub(super) object: Object,
+}
+
+/// What is wrong with a document, apart from the file that it is in.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Flaw {
+    pub(super) kind: ProblemKind,
+    pub(super) what: String,
+    pub(super) mend: String,
+}
+
+/// Splits YAML into documents at `---` and `...`, which at the begin of a line mean nothing else, wherever they
+/// stand (YAML 1.2.2, 9.1.2). Parts with nothing but comments and directives are left out.
+pub(super) fn split_yaml(text: &str) -> Vec<Document<'_>> {
+    let mut documents = Vec::new();
+    let (mut begin, mut begin_line, mut has_content) = (0, 1, false);
+    let mut at = 0;
+    for (number, line) in (1..).zip(text.split_inclusive('\n')) {
+        let starts = is_marker(line, "---");
+        if starts || is_marker(line, "...") {
+            if has_content {
+                documents.push(Document { line: begin_line, text: &text[begin..at] });
+            }
+            begin = if starts { at } else { at + line.len() };
+            begin_line = if starts { number } else { number + 1 };
+            has_content = starts && !is_blank(&line[3..]);
+        } else {
+            has_content |= !is_blank(line) && !line.starts_with('%');
+        }
+        at += line.len();
+    }
+    if has_content {
+        documents.push(Document { line: begin_line, text: &text[begin..] });
+    }
+    documents
+}
+
+/// Reads one document of YAML. Of Nodes only the one called `node_name` is taken.
+pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
+    let mut parsed = Parsed::default();
+    // Nearly all documents say what they are on lines of their own: these are read straight into their type,
+    // which is faster than by way of a tree, takes less memory, and lets errors name the line.
+    match top_level_type(document.text) {
+        Some((api_version, kind)) if !kind.ends_with("List") => match Kind::from_type(api_version, kind) {
+            Some(kind) => {
+                let object = match kind {
+                    Kind::Service => yaml(document).map(Object::Service),
+                    Kind::EndpointSlice => yaml(document).map(Object::EndpointSlice),
+                    Kind::Node => yaml(document).map(Object::Node),
+                    Kind::ServiceCidr => yaml(document).map(Object::ServiceCidr),
+                };
+                match object {
+                    Ok(object) => {
+                        let place = || format!("the {} on line {}", kind.name(), document.line);
+                        parsed.add(object, document.hash(), node_name, place);
+                    }
+                    Err(flaw) => parsed.flaws.push(flaw),
+                }
+            }
+            None => parsed.flaws.push(unknown_kind(api_version, kind)),
+        },
+        _ => match yaml::<Value>(document) {
+            Ok(value) => parsed.add_value(value, &format!("line {}", document.line), None, LIST_DEPTH, node_name),
+            Err(flaw) => parsed.flaws.push(flaw),
+        },
+    }
+    parsed
+}
+
+/// Reads the text of a JSON file: one value, or several one after the other.
+pub(super) fn parse_json(text: &str, node_name: &str) -> Parsed {
+    let mut parsed = Parsed::default();
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    loop {
+        let line = 1 + text[..values.byte_offset()].matches('\n').count();
+        match values.next() {
+            None => return parsed,
+            Some(Ok(value)) => parsed.add_value(value, &format!("line {line}"), None, LIST_DEPTH, node_name),
+            Some(Err(error)) => {
+                parsed.flaws.push(Flaw {
+                    kind: ProblemKind::Syntax,
+                    what: format!("broken JSON: {error}"),
+                    mend: "correct it there; what stands before it is read".to_owned(),
+                });
+                return parsed;
+            }
+        }
+    }
+}
+
+impl Parsed {
+    fn add(&mut self, mut object: Object, hash: u64, node_name: &str, place: impl Fn() -> String) {
+        object.trim();
+        match object.key() {
+            Some(key) if key.kind == Kind::Node && key.name != node_name => {}
+            Some(key) => self.objects.push(Item { key, hash, object }),
+            None => self.flaws.push(Flaw {
+                kind: ProblemKind::InvalidObject,
+                what: format!("{} has no metadata.name", place()),
+                mend: "give it a name".to_owned(),
+            }),
+        }
+    }
+
+    /// Adds what a tree holds: an object, or a list of them. `inherited` is the type of the items of a typed
+    /// list, which need not repeat it.
+    fn add_value(
+        &mut self,
+        mut value: Value,
+        place: &str,
+        inherited: Option<(&str, &str)>,
+        depth: usize,
+        node_name: &str,
+    ) {
+        if value.is_null() {
+            return;
+        }
+        let text = |field| value.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let (api_version, kind) = match (text("apiVersion"), text("kind"), inherited) {
+            (Some(api_version), Some(kind), _) => (api_version.to_owned(), kind.to_owned()),
+            (None, None, Some((api_version, kind))) => (api_version.to_owned(), kind.to_owned()),
+            _ => {
+                self.flaws.push(Flaw {
+                    kind: ProblemKind::InvalidObject,
+                    what: format!("{place}: this is no Kubernetes object: apiVersion or kind is missing"),
+                    mend: "add them, or take it out of the folder".to_owned(),
+                });
+                return;
+            }
+        };
+        if let Some(kind) = Kind::from_type(&api_version, &kind) {
+            return self.add_typed(value, kind, place, node_name);
+        }
+        let (Some(item_kind), Some(Value::Array(items))) = (kind.strip_suffix("List"), value.get_mut("items")) else {
+            return self.flaws.push(unknown_kind(&api_version, &kind));
+        };
+        if depth == 0 {
+            return self.flaws.push(Flaw {
+                kind: ProblemKind::InvalidObject,
+                what: format!("{place}: lists within lists, more than {LIST_DEPTH} deep"),
+                mend: "write the objects themselves into the list".to_owned(),
+            });
+        }
+        let inherited = (!item_kind.is_empty()).then_some((api_version.as_str(), item_kind));
+        for (index, item) in std::mem::take(items).into_iter().enumerate() {
+            self.add_value(item, &format!("{place}: items[{index}]"), inherited, depth - 1, node_name);
+        }
+    }
+
+    fn add_typed(&mut self, value: Value, kind: Kind, place: &str, node_name: &str) {
+        let mut hasher = DefaultHasher::new();
+        value.hash(&mut hasher);
+        let name = value.pointer("/metadata/name").and_then(Value::as_str).unwrap_or("without a name").to_owned();
+        let object = match kind {
+            Kind::Service => serde_json::from_value(value).map(Object::Service),
+            Kind::EndpointSlice => serde_json::from_value(value).map(Object::EndpointSlice),
+            Kind::Node => serde_json::from_value(value).map(Object::Node),
+            Kind::ServiceCidr => serde_json::from_value(value).map(Object::ServiceCidr),
+        };
+        let place = || format!("{place}: the {} {name}", kind.name());
+        match object {
+            Ok(object) => self.add(object, hasher.finish(), node_name, place),
+            Err(error) => self.flaws.push(Flaw {
+                kind: ProblemKind::InvalidObject,
+                what: format!("{}: {error}", place()),
+                mend: "correct the field; the object is skipped until then".to_owned(),
+            }),
+        }
+    }
+}
+
+/// Whether the line is the marker, alone or with something after it.
+fn is_marker(line: &str, marker: &str) -> bool {
+    line.strip_prefix(marker).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+}
+
+/// Whether the line has nothing but a comment.
+fn is_blank(line: &str) -> bool {
+    let line = line.trim_start();
+    line.is_empty() || line.starts_with('#')
+}
+
+/// `apiVersion` and `kind` of a document in block style, without parsing it: keys that begin a line are keys
+/// of the outermost mapping. `None` where it is not as plain as that. If it were read wrongly, the typed parse
+/// would say so: it compares both.
+fn top_level_type(text: &str) -> Option<(&str, &str)> {
+    let (mut api_version, mut kind) = (None, None);
+    for line in text.lines() {
+        if let Some(value) = line.strip_prefix("apiVersion:") {
+            api_version = Some(plain_scalar(value)?);
+        } else if let Some(value) = line.strip_prefix("kind:") {
+            kind = Some(plain_scalar(value)?);
+        }
+        if let (Some(api_version), Some(kind)) = (api_version, kind) {
+            return Some((api_version, kind));
+        }
+    }
+    None
+}
+
+/// A scalar of letters, digits, `.`, `/`, `-`, quoted or not, with or without a comment after it.
+fn plain_scalar(value: &str) -> Option<&str> {
+    let value = value.strip_prefix([' ', '\t'])?;
+    let value = value.find(" #").map_or(value, |comment| &value[..comment]).trim();
+    let unquoted = ['"', '\''].into_iter().find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
+    let value = unquoted.unwrap_or(value);
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '/' | '-');
+    (!value.is_empty() && value.chars().all(plain)).then_some(value)
+}
+
+/// Reads a document into a type.
+fn yaml<T: DeserializeOwned>(document: Document<'_>) -> Result<T, Flaw> {
+    let size = document.text.len();
+    let limits = serde_saphyr::Budget::default();
+    let options = serde_saphyr::options! {
+        // As the API server: an annotation `true` or a label `1.0` without quotes is no string.
+        no_schema: true,
+        with_snippet: false,
+        // Every event but a replayed alias takes a byte of text, so that these bound only what aliases blow up.
+        budget: serde_saphyr::budget! {
+            max_events: limits.max_events.max(size),
+            max_nodes: limits.max_nodes.max(size),
+            max_total_scalar_bytes: limits.max_total_scalar_bytes.max(size),
+            max_total_comment_bytes: limits.max_total_comment_bytes.max(size),
+        },
+    };
+    serde_saphyr::from_str_with_options(document.text, options).map_err(|error| yaml_flaw(&error, document))
+}
+
+fn yaml_flaw(error: &serde_saphyr::Error, document: Document<'_>) -> Flaw {
+    let error = error.without_snippet();
+    let message = error.to_string();
+    // The location is given from the begin of the document: say it as the editor counts.
+    let message = match message.rfind(" at line ") {
+        Some(at) => &message[..at],
+        None => message.as_str(),
+    };
+    let place = match error.location() {
+        Some(location) => {
+            format!("line {}, column {}", document.line as u64 + location.line().saturating_sub(1), location.column())
+        }
+        None => format!("the document on line {}", document.line),
+    };
+    Flaw {
+        kind: ProblemKind::Syntax,
+        what: format!("{place}: {message}"),
+        mend: "correct it there; other documents of the file are read".to_owned(),
+    }
+}
+
+fn unknown_kind(api_version: &str, kind: &str) -> Flaw {
+    let mend = match (api_version, kind) {
+        ("v1", "Endpoints" | "EndpointsList") => "write EndpointSlices (discovery.k8s.io/v1) in its place",
+        (_, "EndpointSlice") => "its apiVersion must be discovery.k8s.io/v1",
+        (_, "ServiceCIDR") => "its apiVersion must be networking.k8s.io/v1",
+        _ => "kproxy reads Service, EndpointSlice, Node and ServiceCIDR; take it out of the folder",
+    };
+    Flaw {
+        kind: ProblemKind::UnknownKind,
+        what: format!("kind {kind} ({api_version}) is skipped"),
+        mend: mend.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! Cases as text: objects in, printed tables out, then the objects go in other orders until nothing is left.
+//!
+//! A case is a file in `cases/`: what rule it shows and where the rule comes from, then steps. A step is
+//! YAML after a line `=== objects` (a document with `delete: Service default/nginx` takes one away) and the
+//! tables after it below `=== tables`. `UPDATE_CASES=1 cargo test --test cases` writes the tables anew.
+
+#[path = "cases/input.rs"]
+mod input;
+#[path = "cases/table.rs"]
+mod table;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use input::{Case, Event, Step};
+use kproxy::model::{Model, NodeConfig, Problem, Update, WantedNode};
+use kproxy::wanted::{ServiceKey, WantedService};
+
+#[test]
+fn cases() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "txt"))
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no case in {}", folder.display());
+    let failures: Vec<String> = paths
+        .iter()
+        .filter_map(|path| run(path).err().map(|error| format!("{}: {error:#}", path.display())))
+        .collect();
+    assert!(
+        failures.is_empty(),
+        "{} of {} cases failed:\n\n{}",
+        failures.len(),
+        paths.len(),
+        failures.join("\n\n")
+    );
+}
+
+fn run(path: &Path) -> Result<()> {
+    let case = Case::read(path)?;
+    let mut follower = Follower::new(case.config.clone());
+    let mut printed = Vec::new();
+    for (number, Step { events, tables }) in case.steps.iter().enumerate() {
+        follower.take(events).with_context(|| format!("step {}", number + 1))?;
+        let now = follower.print();
+        if !input::is_update() && now != *tables {
+            bail!("step {}: expected\n{tables}\nbut is\n{now}", number + 1);
+        }
+        printed.push(now);
+    }
+    if input::is_update() {
+        case.write(path, &printed)?;
+    }
+    check_orders(&case, &follower)
+}
+
+/// The objects that are left at the end, in other orders, give the same tables; and taken away, in other
+/// orders, they leave nothing.
+fn check_orders(case: &Case, follower: &Follower) -> Result<()> {
+    let left = case.left_at_end();
+    let last = follower.print();
+    let empty = Follower::new(case.config.clone()).after(&[])?.print();
+    for turn in 0..left.len().max(1) {
+        let mut coming: Vec<Event> = left.clone();
+        coming.rotate_left(turn);
+        let mut going: Vec<Event> = left.iter().map(Event::gone).collect();
+        going.rotate_right(turn / 2);
+        going.reverse();
+        let mut other = Follower::new(case.config.clone());
+        for event in &coming {
+            other.take(std::slice::from_ref(event))?;
+        }
+        ensure!(other.print() == last, "in another order of arrival it is\n{}", other.print());
+        for event in &going {
+            other.take(std::slice::from_ref(event))?;
+        }
+        ensure!(
+            other.print() == empty,
+            "after all is gone, there is left\n{}",
+            other.print()
+        );
+    }
+    Ok(())
+}
+
+/// A model, and what one knows who follows its updates.
+struct Follower {
+    model: Model,
+    services: BTreeMap<ServiceKey, WantedService>,
+    node: WantedNode,
+    problems: Vec<Problem>,
+}
+
+impl Follower {
+    fn new(config: NodeConfig) -> Self {
+        Self {
+            model: Model::new(config),
+            services: BTreeMap::new(),
+            node: WantedNode::default(),
+            problems: Vec::new(),
+        }
+    }
+
+    fn after(mut self, events: &[Event]) -> Result<Self> {
+        self.take(events)?;
+        Ok(self)
+    }
+
+    fn take(&mut self, events: &[Event]) -> Result<()> {
+        for event in events {
+            self.model.apply(event.change());
+        }
+        let Update { services, node, new_problems, gone_problems } = self.model.recompute();
+        for (key, wanted) in services {
+            let before = self.services.remove(&key);
+            ensure!(before != wanted, "{key} is in the update, but did not change");
+            if let Some(wanted) = wanted {
+                self.services.insert(key, wanted);
+            }
+        }
+        if let Some(node) = node {
+            self.node = node;
+        }
+        for problem in gone_problems {
+            let at = self.problems.iter().position(|known| *known == problem);
+            self.problems.remove(at.with_context(|| format!("gone, but never came: {problem}"))?);
+        }
+        for problem in new_problems {
+            ensure!(!self.problems.contains(&problem), "came twice: {problem}");
+            self.problems.push(problem);
+        }
+        self.problems.sort();
+        ensure!(self.model.services().eq(self.services.values()), "updates and model differ");
+        ensure!(self.model.recompute() == Update::default(), "without a change there is an update");
+        Ok(())
+    }
+
+    fn print(&self) -> String {
+        table::print(&self.services, &self.node, &self.problems)
+    }
+}

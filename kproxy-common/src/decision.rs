@@ -1,0 +1,349 @@
+//! The decision: given the tables, what happens to this connection?
+//!
+//! [`resolve`] finds the frontend and what it does for this client; [`choose`] picks the backend. Both are
+//! generic over [`Tables`], so that the programs ask the kernel's maps and the host asks memory.
+//! The rules are kube-proxy's (`pkg/proxy` of Kubernetes), read for one connection.
+
+use crate::{
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
+    Protocol, Reason, ServiceIdentity, Side,
+};
+
+/// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
+/// endpoints is balanced anew after a change of the Service; the bound keeps the loop verifiable on kernels
+/// without bpf_loop.
+pub const AFFINITY_SCAN_LIMIT: u32 = 512;
+
+/// What the decision reads, and the affinity that it writes.
+pub trait Tables {
+    /// The node's configuration; `None` before an agent has written it.
+    fn config(&self) -> Option<&Config>;
+    /// The number of the frontend under exactly this key.
+    fn frontend(&self, key: &FrontendKey) -> Option<u32>;
+    /// What this address is, on whichever port.
+    fn address(&self, address: &Address) -> Option<AddressKind>;
+    /// What frontend `number` does for this side.
+    fn side(&self, number: u32, from: ClientKind) -> Option<Side>;
+    /// Which Service port `number` belongs to.
+    fn identity(&self, number: u32) -> Option<ServiceIdentity>;
+    /// All backends of `number`.
+    fn block(&self, number: u32) -> Option<Block>;
+    /// The backend in this slot.
+    fn backend(&self, slot: u32) -> Option<Backend>;
+    /// Whether `client` lies in a source range of frontend `number`.
+    fn source_allowed(&self, number: u32, client: &Address) -> bool;
+    /// Where this client went last.
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
+    /// Remembers where this client goes.
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue);
+    /// Nanoseconds since boot.
+    fn now(&self) -> u64;
+    /// [`search`] over these tables. The programs put it into a function of its own, which the verifier checks
+    /// once instead of once for each way that leads there.
+    fn locate(&self, wanted: &Wanted) -> Option<u32>
+    where
+        Self: Sized,
+    {
+        search(self, wanted)
+    }
+}
+
+/// A backend to be found again, and where.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// The backend's address.
+    pub address: Address,
+    /// The backend's port, host order.
+    pub port: u16,
+    /// The Service port that its slot must belong to.
+    pub service: u32,
+    /// The slot in which it stood when last seen.
+    pub hint: u32,
+    /// The first slot that counts.
+    pub first: u32,
+    /// How many slots count.
+    pub count: u16,
+}
+
+/// Where a client is, seen from this node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ClientKind {
+    /// A pod of this node, or any source within `--cluster-cidr`.
+    Pod,
+    /// A process in the host's network namespace.
+    Host,
+    /// Everyone else.
+    Outside,
+}
+
+/// Who opens the connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Client {
+    /// Where it is.
+    pub kind: ClientKind,
+    /// Its address; unspecified where a socket has none yet.
+    pub address: Address,
+    /// The cookie of its network namespace, if a socket hook asks; 0 for packets.
+    pub netns_cookie: u64,
+}
+
+/// A connection that is being opened (UDP: the first datagram of a flow).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Connection {
+    /// Who opens it.
+    pub client: Client,
+    /// Where to.
+    pub destination: Address,
+    /// The destination port, host order.
+    pub port: u16,
+    /// The transport protocol.
+    pub protocol: Protocol,
+}
+
+/// What a frontend does with a connection, before a backend is picked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Resolution {
+    /// Left alone. `number` is the frontend's, where one matched.
+    Pass { reason: Reason, number: Option<u32> },
+    /// Refused.
+    Reject { reason: Reason, number: Option<u32> },
+    /// Dropped without an answer.
+    Drop { reason: Reason, number: Option<u32> },
+    /// Sent to one of the backends.
+    Balance(Balance),
+}
+
+/// A set of backends to pick from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Balance {
+    /// The frontend's number.
+    pub number: u32,
+    /// Its word for this client's side: the slots of the set in force, and options.
+    pub side: Side,
+}
+
+/// A backend, picked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Choice {
+    /// Where to send the connection.
+    pub backend: Backend,
+    /// The backend's slot: a hint for later, to be verified.
+    pub slot: u32,
+}
+
+/// Finds the frontend that `connection` asks for, and what it does for this client.
+#[inline(always)]
+pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
+    let number = match find(tables, connection) {
+        Ok(number) => number,
+        Err(resolution) => return resolution,
+    };
+    let kind = connection.client.kind;
+    let Some(side) = tables.side(number, kind) else {
+        return Resolution::Pass { reason: Reason::TableError, number: None };
+    };
+    let some = Some(number);
+    // Pass-through stands before source ranges, reject and drop: the load balancer decides about all of these.
+    match side.mode() {
+        Mode::Unused => return Resolution::Pass { reason: Reason::NotAService, number: None },
+        Mode::PassThrough => return Resolution::Pass { reason: Reason::PassThrough, number: some },
+        Mode::PassThroughPods if !matches!(kind, ClientKind::Host) => {
+            return Resolution::Pass { reason: Reason::PassThrough, number: some };
+        }
+        Mode::PassThroughHost if !matches!(kind, ClientKind::Pod) => {
+            return Resolution::Pass { reason: Reason::PassThrough, number: some };
+        }
+        Mode::LocalAddress => return Resolution::Pass { reason: Reason::LocalAddress, number: some },
+        Mode::Forward | Mode::Reject | Mode::Drop | Mode::PassThroughPods | Mode::PassThroughHost => {}
+    }
+    if side.has(Options::SOURCE_RANGES) {
+        let client = &connection.client.address;
+        if client.is_unspecified() {
+            return Resolution::Pass { reason: Reason::LeftToPackets, number: some };
+        }
+        if !tables.source_allowed(number, client) {
+            return Resolution::Drop { reason: Reason::SourceRange, number: some };
+        }
+    }
+    if matches!(side.mode(), Mode::Drop) {
+        return Resolution::Drop { reason: Reason::NoLocalEndpoints, number: some };
+    }
+    if side.count() == 0 {
+        return Resolution::Reject { reason: Reason::NoEndpoints, number: some };
+    }
+    Resolution::Balance(Balance { number, side })
+}
+
+/// Picks a backend: the one that this client went to last, if the Service has affinity and it is still in
+/// the set in force; else the one that `pick`, uniform over all 32-bit numbers, falls on.
+#[inline(always)]
+pub fn choose<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
+    if balance.side.has(Options::AFFINITY) {
+        return choose_with_affinity(tables, balance, client, pick);
+    }
+    spread(tables, balance, pick)
+}
+
+/// Whether the backend at `address` and `port` still serves the Service port `service` behind frontend
+/// `number`; the slot where it stands now, if so. `hint` is where it stood when last seen.
+#[inline(always)]
+pub fn still_serves<T: Tables>(
+    tables: &T,
+    number: u32,
+    service: u32,
+    address: &Address,
+    port: u16,
+    hint: u32,
+) -> Option<u32> {
+    let identity = tables.identity(number)?;
+    if identity.service() != service {
+        return None;
+    }
+    let block = tables.block(number)?;
+    let (first, count) = (block.first_slot(), block.serving());
+    tables.locate(&Wanted { address: *address, port, service, hint, first, count })
+}
+
+/// The frontend's number; where there is none, what follows from that.
+#[inline(always)]
+fn find<T: Tables>(tables: &T, connection: &Connection) -> Result<u32, Resolution> {
+    let Connection { client, destination, port, protocol } = connection;
+    if let Some(number) = tables.frontend(&FrontendKey::new(*destination, *port, *protocol)) {
+        return Ok(number);
+    }
+    let kind = tables.address(destination);
+    let answers_node_ports = match kind {
+        Some(AddressKind::NodePort) => true,
+        Some(_) => false,
+        None => {
+            destination.is_loopback()
+                && matches!(client.kind, ClientKind::Host)
+                && tables.config().is_some_and(|config| config.loopback_node_ports != 0)
+        }
+    };
+    if answers_node_ports
+        && let Some(number) = tables.frontend(&FrontendKey::node_port(destination, *port, *protocol))
+    {
+        return Ok(number);
+    }
+    Err(not_a_frontend(tables, &connection.destination, kind))
+}
+
+#[inline(always)]
+fn not_a_frontend<T: Tables>(tables: &T, destination: &Address, kind: Option<AddressKind>) -> Resolution {
+    let pass = |reason| Resolution::Pass { reason, number: None };
+    match kind {
+        Some(AddressKind::ClusterIp) => {
+            return Resolution::Reject { reason: Reason::UndefinedPort, number: None };
+        }
+        Some(AddressKind::OtherProxy) => return pass(Reason::OtherProxy),
+        Some(AddressKind::Local) => return pass(Reason::LocalAddress),
+        Some(AddressKind::NodePort) | None => {}
+    }
+    let Some(config) = tables.config() else {
+        return pass(Reason::NotAService);
+    };
+    for cidr in &config.service_cidrs {
+        if cidr.is_none() {
+            break;
+        }
+        if cidr.contains(destination) {
+            return Resolution::Drop { reason: Reason::UnallocatedAddress, number: None };
+        }
+    }
+    pass(Reason::NotAService)
+}
+
+#[inline(always)]
+fn spread<T: Tables>(tables: &T, balance: &Balance, pick: u32) -> Option<Choice> {
+    let offset = (u64::from(pick) * u64::from(balance.side.count())) >> 32;
+    let slot = balance.side.first_slot().wrapping_add(offset as u32);
+    Some(Choice { backend: tables.backend(slot)?, slot })
+}
+
+#[inline(always)]
+fn choose_with_affinity<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
+    let identity = tables.identity(balance.number)?;
+    let service = identity.service();
+    let key = affinity_key(client, service);
+    let now = tables.now();
+    let mut keep = false;
+    if let Some(last) = tables.affinity(&key)
+        && last.service == service
+        && now.saturating_sub(last.last_used) <= u64::from(identity.affinity_timeout()) * 1_000_000_000
+    {
+        let block = tables.block(balance.number)?;
+        let wanted = Wanted {
+            address: last.address,
+            port: last.port as u16,
+            service,
+            hint: last.slot,
+            first: block.first_slot(),
+            count: block.in_sets(),
+        };
+        if let Some(slot) = tables.locate(&wanted)
+            && let Some(backend) = tables.backend(slot)
+            && backend.joined() == last.joined
+        {
+            let in_force = slot.wrapping_sub(balance.side.first_slot()) < u32::from(balance.side.count());
+            if in_force {
+                tables.remember(&key, &AffinityValue { slot, last_used: now, ..last });
+                return Some(Choice { backend, slot });
+            }
+            // Only in the set of the other side: passed over, not forgotten.
+            keep = true;
+        }
+    }
+    let choice = spread(tables, balance, pick)?;
+    if !keep {
+        let backend = &choice.backend;
+        let value = AffinityValue {
+            address: backend.address(),
+            port: u32::from(backend.port()),
+            joined: backend.joined(),
+            service,
+            slot: choice.slot,
+            last_used: now,
+        };
+        tables.remember(&key, &value);
+    }
+    Some(choice)
+}
+
+#[inline(always)]
+fn affinity_key(client: &Client, service: u32) -> AffinityKey {
+    if client.netns_cookie != 0 {
+        let cookie = client.netns_cookie;
+        let address = Address::from_words([0, 0, (cookie >> 32) as u32, cookie as u32]);
+        return AffinityKey { client: address, service, by_namespace: 1 };
+    }
+    AffinityKey { client: client.address, service, by_namespace: 0 }
+}
+
+/// The slot in which the backend stands now. The hint makes it one read in nearly every case: slots move only
+/// when the Service changes.
+#[inline(always)]
+pub fn search<T: Tables>(tables: &T, wanted: &Wanted) -> Option<u32> {
+    let Wanted { address, port, service, hint, first, count } = wanted;
+    let count = u32::from(*count);
+    if hint.wrapping_sub(*first) < count
+        && let Some(backend) = tables.backend(*hint)
+        && backend.is(*service, address, *port)
+    {
+        return Some(*hint);
+    }
+    let mut offset = 0;
+    while offset < AFFINITY_SCAN_LIMIT {
+        if offset >= count {
+            return None;
+        }
+        let slot = first.wrapping_add(offset);
+        if let Some(backend) = tables.backend(slot)
+            && backend.is(*service, address, *port)
+        {
+            return Some(slot);
+        }
+        offset += 1;
+    }
+    None
+}

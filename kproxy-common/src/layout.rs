@@ -1,0 +1,830 @@
+//! How the tables lie in BPF maps: keys, values, and what each map is for.
+//!
+//! Ports are in host order (a dump then shows 80, not 20480), addresses are in network order, structures
+//! have no implicit padding. Whatever changes the meaning of a byte raises [`LAYOUT_VERSION`].
+
+use crate::{Address, Cidr};
+
+/// The version of everything in this module; stored in the `owner` map and compared before maps are adopted.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// The names of the maps, which are the names of their pins below the bpffs folder.
+pub mod map_names {
+    /// Hash, [`FrontendKey`](super::FrontendKey) to number (u32). Written by the agent, by inserting and
+    /// deleting only: an element that is replaced can be reused under a reader. A miss: no Service listens
+    /// there.
+    pub const FRONTEND: &str = "frontend";
+    /// Memory-mapped array, number to [`ServiceEntry`](super::ServiceEntry): what the frontend with this
+    /// number does now. Written by the agent, each 64-bit word in one store.
+    pub const SERVICE: &str = "service";
+    /// Memory-mapped array, number to [`ServiceInfo`](super::ServiceInfo): whose frontend it is, for people
+    /// and for an agent that restarts. Written by the agent, not read by programs.
+    pub const SERVICE_INFO: &str = "service_info";
+    /// Memory-mapped array, slot to [`Backend`](super::Backend). Written by the agent, only where no
+    /// [`ServiceEntry`](super::ServiceEntry) points.
+    pub const BACKEND: &str = "backend";
+    /// Hash, address to [`AddressEntry`](super::AddressEntry): what an address is, on whichever port.
+    /// Written by the agent, inserting and deleting only. A miss: nothing is known of it.
+    pub const ADDRESS: &str = "address";
+    /// Longest-prefix trie, [`SourceRangeKey`](super::SourceRangeKey) to u32 (unused). Written by the agent.
+    /// A miss: the client may not use this frontend.
+    pub const SOURCE_RANGE: &str = "source_range";
+    /// LRU hash, [`AffinityKey`](super::AffinityKey) to [`AffinityValue`](super::AffinityValue). Written by
+    /// the programs. A miss: the next connection is balanced anew.
+    pub const AFFINITY: &str = "affinity";
+    /// LRU hash, [`FlowKey`](crate::FlowKey) to [`Flow`](crate::Flow): packet flows whose peer has answered.
+    /// Written by the programs.
+    pub const FLOW: &str = "flow";
+    /// LRU hash like `flow`: flows that are being opened or closed, so that a flood of them cannot push out
+    /// established ones. Written by the programs.
+    pub const FLOW_TRANSIENT: &str = "flow_transient";
+    /// Socket storage, [`SocketRecords`](crate::SocketRecords): which service addresses this socket spoke to.
+    /// Written by the programs; dies with the socket.
+    pub const SOCKET: &str = "socket";
+    /// LRU hash for sockets that speak to more services than their storage holds. Written by the programs.
+    pub const SOCKET_OVERFLOW: &str = "socket_overflow";
+    /// Array, number to [`Counters`](super::Counters). Counted by the programs, reset by the agent when the
+    /// number is given out.
+    pub const COUNTER: &str = "counter";
+    /// Per-CPU array, [`Reason`](crate::Reason) to u64: verdicts by their reason. Counted by the programs.
+    pub const REASON: &str = "reason";
+    /// Memory-mapped array with one element, [`Config`](super::Config). Written by the agent.
+    pub const CONFIG: &str = "config";
+    /// Array with one element, [`Owner`](super::Owner): who wrote these maps, in which layout.
+    pub const OWNER: &str = "owner";
+}
+
+/// The bytes of a map do not form the value that this layout expects there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct InvalidLayout {
+    /// What was read.
+    pub what: &'static str,
+    /// The number that stands there and has no meaning.
+    pub value: u8,
+}
+
+impl core::fmt::Display for InvalidLayout {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{} has the unknown value {} in the map", self.what, self.value)
+    }
+}
+
+impl core::error::Error for InvalidLayout {}
+
+macro_rules! wire_enum {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $number:literal,)* }) => {
+        $(#[$doc])*
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        pub enum $name {
+            $($(#[$variant_doc])* $variant = $number,)*
+        }
+
+        impl TryFrom<u8> for $name {
+            type Error = InvalidLayout;
+
+            fn try_from(value: u8) -> Result<Self, InvalidLayout> {
+                match value {
+                    $($number => Ok(Self::$variant),)*
+                    value => Err(InvalidLayout { what: stringify!($name), value }),
+                }
+            }
+        }
+    };
+}
+
+wire_enum! {
+    /// The transport protocols that Services can have (IANA protocol numbers).
+    Protocol {
+        /// RFC 9293.
+        Tcp = 6,
+        /// RFC 768.
+        Udp = 17,
+        /// RFC 9260.
+        Sctp = 132,
+    }
+}
+
+wire_enum! {
+    /// Through which of a Service's addresses a frontend is reached.
+    FrontendKind {
+        /// `spec.clusterIPs`.
+        ClusterIp = 1,
+        /// `spec.ports[].nodePort` on this node's addresses.
+        NodePort = 2,
+        /// `spec.externalIPs`.
+        ExternalIp = 3,
+        /// `status.loadBalancer.ingress[].ip`.
+        LoadBalancer = 4,
+    }
+}
+
+wire_enum! {
+    /// `spec.type` of a Service that is served.
+    ServiceKind {
+        /// Reached by ClusterIP only.
+        ClusterIp = 1,
+        /// By ClusterIP and NodePort.
+        NodePort = 2,
+        /// By ClusterIP, mostly NodePort, and load-balancer address.
+        LoadBalancer = 3,
+    }
+}
+
+wire_enum! {
+    /// `internalTrafficPolicy` or `externalTrafficPolicy`, whichever governs the frontend.
+    TrafficPolicy {
+        /// All endpoints.
+        Cluster = 1,
+        /// Endpoints on this node.
+        Local = 2,
+    }
+}
+
+wire_enum! {
+    /// What happens to a connection to a frontend, from one side (inside or outside).
+    Mode {
+        /// The number is not given out.
+        Unused = 0,
+        /// To one of the backends.
+        Forward = 1,
+        /// Left alone, so that it reaches the load balancer.
+        PassThrough = 2,
+        /// Left alone for pods; forwarded for the host.
+        PassThroughPods = 3,
+        /// Left alone for the host; forwarded for pods.
+        PassThroughHost = 4,
+        /// Refused: there is no endpoint.
+        Reject = 5,
+        /// Dropped: the policy is Local and there is no endpoint on this node.
+        Drop = 6,
+        /// Left alone, because the address stands on an interface of this node.
+        LocalAddress = 7,
+    }
+}
+
+wire_enum! {
+    /// Whether a backend runs on this node (`endpoint.nodeName`).
+    Location {
+        /// On another node.
+        Remote = 0,
+        /// On this one.
+        Local = 1,
+    }
+}
+
+wire_enum! {
+    /// Whether a backend takes new connections.
+    BackendState {
+        /// `conditions.ready`.
+        Ready = 1,
+        /// `conditions.serving` and `conditions.terminating`.
+        Terminating = 2,
+    }
+}
+
+wire_enum! {
+    /// What an address is, on whichever port.
+    AddressKind {
+        /// A Service's ClusterIP: ports that the Service does not have are refused.
+        ClusterIp = 1,
+        /// An address of this node that answers NodePorts.
+        NodePort = 2,
+        /// The ClusterIP of a Service that another proxy serves: left alone.
+        OtherProxy = 3,
+        /// A ClusterIP that stands on an interface of this node: left alone.
+        Local = 4,
+    }
+}
+
+/// Key of `frontend`: where a Service listens. NodePorts stand under the unspecified address of their
+/// family, since the node's addresses change without the Service knowing.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct FrontendKey {
+    address: Address,
+    port: u16,
+    protocol: Protocol,
+    _pad: u8,
+}
+
+impl FrontendKey {
+    /// The frontend at `address` and `port` (host order).
+    #[inline(always)]
+    pub const fn new(address: Address, port: u16, protocol: Protocol) -> Self {
+        Self { address, port, protocol, _pad: 0 }
+    }
+
+    /// The NodePort `port` (host order) on all addresses of this node in the family of `of_family`.
+    #[inline(always)]
+    pub fn node_port(of_family: &Address, port: u16, protocol: Protocol) -> Self {
+        Self::new(of_family.any_of_family(), port, protocol)
+    }
+
+    /// The address; unspecified for NodePorts.
+    #[inline(always)]
+    pub const fn address(&self) -> Address {
+        self.address
+    }
+
+    /// The port in host order.
+    #[inline(always)]
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The transport protocol.
+    #[inline(always)]
+    pub const fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// As it lies in the map.
+    pub fn to_bytes(&self) -> [u8; 20] {
+        let mut bytes = [0; 20];
+        bytes[..16].copy_from_slice(&self.address.octets());
+        bytes[16..18].copy_from_slice(&self.port.to_ne_bytes());
+        bytes[18] = self.protocol as u8;
+        bytes
+    }
+
+    /// From the bytes of the map.
+    pub fn from_bytes(bytes: &[u8; 20]) -> Result<Self, InvalidLayout> {
+        let mut octets = [0; 16];
+        octets.copy_from_slice(&bytes[..16]);
+        let port = u16::from_ne_bytes([bytes[16], bytes[17]]);
+        Ok(Self::new(Address::new(octets), port, Protocol::try_from(bytes[18])?))
+    }
+}
+
+/// Bits of [`Side::options`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options;
+
+impl Options {
+    /// `sessionAffinity: ClientIP`; the timeout stands in [`ServiceIdentity`].
+    pub const AFFINITY: u8 = 1;
+    /// `loadBalancerSourceRanges` restrict who may use it; see `source_range`.
+    pub const SOURCE_RANGES: u8 = 1 << 1;
+    /// The client's address is masked, whichever backend is chosen.
+    pub const MASQUERADE: u8 = 1 << 2;
+    /// The client's address is masked where the backend is on another node.
+    pub const MASQUERADE_REMOTE: u8 = 1 << 3;
+}
+
+/// What a frontend does for one side. Eight bytes, aligned, written by one store and read by one load, so
+/// that no reader sees the slots of one change with the count of another.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Side {
+    first_slot: u32,
+    count: u16,
+    mode: Mode,
+    options: u8,
+}
+
+impl Side {
+    /// A number that is not given out.
+    pub const UNUSED: Self = Self { first_slot: 0, count: 0, mode: Mode::Unused, options: 0 };
+
+    /// The set of `count` backends from `first_slot` on, and what is done with it.
+    pub const fn new(first_slot: u32, count: u16, mode: Mode, options: u8) -> Self {
+        Self { first_slot, count, mode, options }
+    }
+
+    /// As one word, in the byte order of the map's memory.
+    #[inline(always)]
+    pub const fn to_word(self) -> u64 {
+        let mut bytes = [0; 8];
+        let first = self.first_slot.to_ne_bytes();
+        let count = self.count.to_ne_bytes();
+        let mut i = 0;
+        while i < 4 {
+            bytes[i] = first[i];
+            i += 1;
+        }
+        bytes[4] = count[0];
+        bytes[5] = count[1];
+        bytes[6] = self.mode as u8;
+        bytes[7] = self.options;
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// From one word of the map's memory.
+    #[inline(always)]
+    pub fn from_word(word: u64) -> Result<Self, InvalidLayout> {
+        // Shifts of the little-endian value, not byte arrays: this runs in every program.
+        let word = word.to_le();
+        let (first_slot, count) = if cfg!(target_endian = "little") {
+            (word as u32, (word >> 32) as u16)
+        } else {
+            ((word as u32).swap_bytes(), ((word >> 32) as u16).swap_bytes())
+        };
+        let mode = Mode::try_from((word >> 48) as u8)?;
+        Ok(Self { first_slot, count, mode, options: (word >> 56) as u8 })
+    }
+
+    /// The first slot of the set in force for this side.
+    #[inline(always)]
+    pub const fn first_slot(&self) -> u32 {
+        self.first_slot
+    }
+
+    /// How many backends the set in force has.
+    #[inline(always)]
+    pub const fn count(&self) -> u16 {
+        self.count
+    }
+
+    /// What is done with a connection.
+    #[inline(always)]
+    pub const fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Bits of [`Options`].
+    #[inline(always)]
+    pub const fn options(&self) -> u8 {
+        self.options
+    }
+
+    /// Whether all bits of `option` are set.
+    #[inline(always)]
+    pub const fn has(&self, option: u8) -> bool {
+        self.options & option != 0
+    }
+}
+
+/// The Service port that a number belongs to. One 64-bit word in the map.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ServiceIdentity {
+    service: u32,
+    affinity_timeout: u32,
+}
+
+impl ServiceIdentity {
+    /// `service` is never given out twice, `affinity_timeout` is in seconds, 0 without affinity.
+    pub const fn new(service: u32, affinity_timeout: u32) -> Self {
+        Self { service, affinity_timeout }
+    }
+
+    /// The Service port: the same for all its frontends of one family, never given out twice. Flows,
+    /// affinity and socket records carry it, so that a number's next owner does not inherit them.
+    #[inline(always)]
+    pub const fn service(&self) -> u32 {
+        self.service
+    }
+
+    /// `sessionAffinityConfig.clientIP.timeoutSeconds`, or 0 without affinity.
+    #[inline(always)]
+    pub const fn affinity_timeout(&self) -> u32 {
+        self.affinity_timeout
+    }
+
+    /// As one word, in the byte order of the map's memory.
+    #[inline(always)]
+    pub const fn to_word(self) -> u64 {
+        pair_to_word(self.service, self.affinity_timeout)
+    }
+
+    /// From one word of the map's memory.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        let (service, affinity_timeout) = word_to_pair(word);
+        Self { service, affinity_timeout }
+    }
+}
+
+/// All backends of a Service port, also those that take no new connections. One 64-bit word in the map.
+///
+/// The order within the block: those only in the inside set, those in both sets, those only in the outside
+/// set, those that only serve what they have. So every set is a run of slots.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Block {
+    first_slot: u32,
+    in_sets: u16,
+    serving: u16,
+}
+
+impl Block {
+    /// No backends.
+    pub const EMPTY: Self = Self { first_slot: 0, in_sets: 0, serving: 0 };
+
+    /// `serving` backends from `first_slot` on, of which the first `in_sets` are in a set.
+    pub const fn new(first_slot: u32, in_sets: u16, serving: u16) -> Self {
+        Self { first_slot, in_sets, serving }
+    }
+
+    /// Where the block begins.
+    #[inline(always)]
+    pub const fn first_slot(&self) -> u32 {
+        self.first_slot
+    }
+
+    /// How many, from the first on, are in the inside set or the outside set.
+    #[inline(always)]
+    pub const fn in_sets(&self) -> u16 {
+        self.in_sets
+    }
+
+    /// How many there are.
+    #[inline(always)]
+    pub const fn serving(&self) -> u16 {
+        self.serving
+    }
+
+    /// As one word, in the byte order of the map's memory.
+    #[inline(always)]
+    pub const fn to_word(self) -> u64 {
+        let counts = if cfg!(target_endian = "little") {
+            self.in_sets as u32 | (self.serving as u32) << 16
+        } else {
+            (self.in_sets as u32) << 16 | self.serving as u32
+        };
+        pair_to_word(self.first_slot, counts)
+    }
+
+    /// From one word of the map's memory.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        let (first_slot, counts) = word_to_pair(word);
+        let (low, high) = (counts as u16, (counts >> 16) as u16);
+        let (in_sets, serving) = if cfg!(target_endian = "little") { (low, high) } else { (high, low) };
+        Self { first_slot, in_sets, serving }
+    }
+}
+
+/// Value of `service`: four words, each read and written at once.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ServiceEntry {
+    /// For clients inside: this node's pods and the host.
+    pub inside: Side,
+    /// For traffic from outside.
+    pub outside: Side,
+    /// Whose number it is, and how long affinity lasts.
+    pub identity: ServiceIdentity,
+    /// All backends.
+    pub block: Block,
+}
+
+impl ServiceEntry {
+    /// A number that is not given out.
+    pub const UNUSED: Self = Self {
+        inside: Side::UNUSED,
+        outside: Side::UNUSED,
+        identity: ServiceIdentity::new(0, 0),
+        block: Block::EMPTY,
+    };
+
+    /// The words in the order of the map's memory.
+    pub const fn to_words(self) -> [u64; 4] {
+        [self.inside.to_word(), self.outside.to_word(), self.identity.to_word(), self.block.to_word()]
+    }
+
+    /// From the words of the map's memory.
+    pub fn from_words(words: [u64; 4]) -> Result<Self, InvalidLayout> {
+        Ok(Self {
+            inside: Side::from_word(words[0])?,
+            outside: Side::from_word(words[1])?,
+            identity: ServiceIdentity::from_word(words[2]),
+            block: Block::from_word(words[3]),
+        })
+    }
+}
+
+/// Value of `backend`: where a connection is sent.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Backend {
+    address: Address,
+    port: u16,
+    location: Location,
+    state: BackendState,
+    service: u32,
+    joined: u32,
+    _pad: u32,
+}
+
+impl Backend {
+    /// The endpoint at `address` and `port` (host order). `service` is the [`ServiceIdentity::service`] that
+    /// it serves, `joined` counts up whenever an endpoint enters the sets anew.
+    pub const fn new(
+        address: Address,
+        port: u16,
+        location: Location,
+        state: BackendState,
+        service: u32,
+        joined: u32,
+    ) -> Self {
+        Self { address, port, location, state, service, joined, _pad: 0 }
+    }
+
+    /// The endpoint's address.
+    #[inline(always)]
+    pub const fn address(&self) -> Address {
+        self.address
+    }
+
+    /// The endpoint's port in host order.
+    #[inline(always)]
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Whether it is on this node.
+    #[inline(always)]
+    pub const fn location(&self) -> Location {
+        self.location
+    }
+
+    /// Whether it is on this node.
+    #[inline(always)]
+    pub const fn is_local(&self) -> bool {
+        matches!(self.location, Location::Local)
+    }
+
+    /// Whether it takes new connections.
+    #[inline(always)]
+    pub const fn state(&self) -> BackendState {
+        self.state
+    }
+
+    /// The [`ServiceIdentity::service`] that this slot belongs to.
+    #[inline(always)]
+    pub const fn service(&self) -> u32 {
+        self.service
+    }
+
+    /// Changes when the endpoint has left all sets and come back: affinity from before does not count then.
+    #[inline(always)]
+    pub const fn joined(&self) -> u32 {
+        self.joined
+    }
+
+    /// Whether this is the endpoint at `address` and `port`, in a slot of `service`.
+    #[inline(always)]
+    pub fn is(&self, service: u32, address: &Address, port: u16) -> bool {
+        self.service == service && self.port == port && self.address == *address
+    }
+
+    /// As it lies in the map.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&self.address.octets());
+        bytes[16..18].copy_from_slice(&self.port.to_ne_bytes());
+        bytes[18] = self.location as u8;
+        bytes[19] = self.state as u8;
+        bytes[20..24].copy_from_slice(&self.service.to_ne_bytes());
+        bytes[24..28].copy_from_slice(&self.joined.to_ne_bytes());
+        bytes
+    }
+
+    /// From the bytes of the map.
+    pub fn from_bytes(bytes: &[u8; 32]) -> Result<Self, InvalidLayout> {
+        let mut octets = [0; 16];
+        octets.copy_from_slice(&bytes[..16]);
+        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Ok(Self::new(
+            Address::new(octets),
+            u16::from_ne_bytes([bytes[16], bytes[17]]),
+            Location::try_from(bytes[18])?,
+            BackendState::try_from(bytes[19])?,
+            word(20),
+            word(24),
+        ))
+    }
+}
+
+/// Value of `address`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AddressEntry {
+    kind: AddressKind,
+    _pad: [u8; 3],
+}
+
+impl AddressEntry {
+    /// An address of this kind.
+    pub const fn new(kind: AddressKind) -> Self {
+        Self { kind, _pad: [0; 3] }
+    }
+
+    /// What the address is.
+    #[inline(always)]
+    pub const fn kind(&self) -> AddressKind {
+        self.kind
+    }
+}
+
+/// Key of `source_range`: a prefix from which the frontend with this number may be used.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SourceRangeKey {
+    /// Bits that count: 32 for the number, then those of the address in its mapped form.
+    pub prefix_length: u32,
+    /// The frontend's number.
+    pub number: u32,
+    /// The prefix's address.
+    pub address: Address,
+}
+
+impl SourceRangeKey {
+    /// The number's bits stand before the address's.
+    pub const NUMBER_BITS: u32 = 32;
+
+    /// The prefix `range`, for the frontend `number`.
+    pub const fn new(number: u32, range: &Cidr) -> Self {
+        Self { prefix_length: Self::NUMBER_BITS + range.prefix_length(), number, address: range.address() }
+    }
+}
+
+/// Key of `affinity`: one client of one Service port.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct AffinityKey {
+    /// The client's address; for sockets, which may have none yet, the cookie of its network namespace in
+    /// the last eight octets.
+    pub client: Address,
+    /// [`ServiceIdentity::service`].
+    pub service: u32,
+    /// 1 if `client` holds a namespace cookie.
+    pub by_namespace: u32,
+}
+
+/// Value of `affinity`: where that client went last.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AffinityValue {
+    /// The backend's address.
+    pub address: Address,
+    /// The backend's port, host order, in the low 16 bits.
+    pub port: u32,
+    /// [`Backend::joined`] when it was chosen.
+    pub joined: u32,
+    /// [`ServiceIdentity::service`] again: a value read through a hash pointer is checked after copying.
+    pub service: u32,
+    /// Where the backend was; checked before it is used.
+    pub slot: u32,
+    /// The last new connection, in nanoseconds since boot.
+    pub last_used: u64,
+}
+
+/// Value of `counter`, by number.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counters {
+    /// Connections (UDP: flows) that were sent to a backend.
+    pub connections: u64,
+    /// Connections that were left alone, to reach the load balancer.
+    pub pass_through: u64,
+}
+
+/// How many octets a name in [`ServiceInfo`] has: namespace, name and port name of 63 each (RFC 1123
+/// labels), two separators and a NUL.
+pub const NAME_LENGTH: usize = 192;
+
+/// Value of `service_info`: whose frontend a number is. For people and for a restarted agent.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ServiceInfo {
+    /// `namespace/name:port`, without `:port` where the port has no name; padded with NUL.
+    pub name: [u8; NAME_LENGTH],
+    /// When this frontend last changed, in seconds since 1970.
+    pub changed: u64,
+    /// The frontend, once more: found by number here.
+    pub frontend: FrontendKey,
+    /// [`FrontendKind`] as a number.
+    pub frontend_kind: u8,
+    /// [`ServiceKind`] as a number.
+    pub service_kind: u8,
+    /// [`TrafficPolicy`] as a number: internal for ClusterIPs, external for the rest.
+    pub traffic_policy: u8,
+    /// Which rule decided on pass-through; the agent's own numbering, 0 where none applies.
+    pub pass_through_rule: u8,
+}
+
+impl ServiceInfo {
+    /// The name as text: what stands before the first NUL.
+    pub fn name(&self) -> &str {
+        let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LENGTH);
+        core::str::from_utf8(&self.name[..end]).unwrap_or("(not UTF-8)")
+    }
+}
+
+/// How many prefixes of one sort the configuration holds.
+pub const MAX_CIDRS: usize = 8;
+
+/// Value of `config`: what the programs know of the node.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// SO_NETNS_COOKIE of the host's network namespace; 0 where the kernel cannot tell it (before 5.14).
+    pub host_netns_cookie: u64,
+    /// How long a UDP flow may idle before its next datagram is balanced anew, in nanoseconds.
+    pub udp_timeout: u64,
+    /// Key of the hash that picks backends for packets.
+    pub hash_seed: [u32; 2],
+    /// 1: NodePorts answer on loopback addresses, for clients on the host.
+    pub loopback_node_ports: u32,
+    /// 1: TCP sockets remember the service address, so that getpeername() tells it.
+    pub remember_peer: u32,
+    /// ServiceCIDRs: unallocated addresses inside are dropped.
+    pub service_cidrs: [Cidr; MAX_CIDRS],
+    /// `--cluster-cidr`: sources that count as inside.
+    pub cluster_cidrs: [Cidr; MAX_CIDRS],
+}
+
+/// Value of `owner`: who wrote these maps. What it says of a dead agent stays until the next one.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owner {
+    /// [`LAYOUT_VERSION`] of the writer.
+    pub layout_version: u32,
+    /// The agent's process id, in its own PID namespace.
+    pub pid: u32,
+    /// When it started, in seconds since 1970.
+    pub started: u64,
+    /// The node's name, padded with NUL.
+    pub node: [u8; 64],
+    /// The agent's version, padded with NUL.
+    pub version: [u8; 16],
+}
+
+const fn pair_to_word(first: u32, second: u32) -> u64 {
+    if cfg!(target_endian = "little") {
+        first as u64 | (second as u64) << 32
+    } else {
+        (first as u64) << 32 | second as u64
+    }
+}
+
+const fn word_to_pair(word: u64) -> (u32, u32) {
+    if cfg!(target_endian = "little") {
+        (word as u32, (word >> 32) as u32)
+    } else {
+        ((word >> 32) as u32, word as u32)
+    }
+}
+
+// The maps are read by programs and agents of other builds: a size that changes is a new layout.
+const _: () = {
+    assert!(size_of::<FrontendKey>() == 20);
+    assert!(size_of::<Side>() == 8);
+    assert!(size_of::<ServiceEntry>() == 32);
+    assert!(size_of::<Backend>() == 32);
+    assert!(size_of::<AddressEntry>() == 4);
+    assert!(size_of::<SourceRangeKey>() == 24);
+    assert!(size_of::<AffinityKey>() == 24);
+    assert!(size_of::<AffinityValue>() == 40);
+    assert!(size_of::<Counters>() == 16);
+    assert!(size_of::<ServiceInfo>() == 224);
+    assert!(size_of::<Config>() == 32 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<Owner>() == 96);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_hold_what_the_structures_hold() {
+        let side = Side::new(0x0102_0304, 0x0506, Mode::PassThroughPods, Options::AFFINITY | Options::SOURCE_RANGES);
+        assert_eq!(Side::from_word(side.to_word()), Ok(side));
+        // SAFETY: both are eight bytes without padding.
+        let raw = unsafe { core::mem::transmute::<Side, u64>(side) };
+        assert_eq!(raw, side.to_word(), "the dump shows the structure, the agent writes the word");
+
+        let identity = ServiceIdentity::new(7, 10_800);
+        // SAFETY: as above.
+        assert_eq!(unsafe { core::mem::transmute::<ServiceIdentity, u64>(identity) }, identity.to_word());
+        assert_eq!(ServiceIdentity::from_word(identity.to_word()), identity);
+
+        let block = Block::new(70_000, 3, 5);
+        // SAFETY: as above.
+        assert_eq!(unsafe { core::mem::transmute::<Block, u64>(block) }, block.to_word());
+        assert_eq!(Block::from_word(block.to_word()), block);
+    }
+
+    #[test]
+    fn unknown_numbers_are_errors() {
+        let word = Side::new(1, 1, Mode::Forward, 0).to_word() | 0x0078_0000_0000_0000;
+        assert_eq!(Side::from_word(word).unwrap_err().what, "Mode");
+        let mut bytes = FrontendKey::new(Address::UNSPECIFIED, 80, Protocol::Tcp).to_bytes();
+        bytes[18] = 1;
+        assert_eq!(
+            FrontendKey::from_bytes(&bytes).unwrap_err(),
+            InvalidLayout { what: "Protocol", value: 1 }
+        );
+    }
+
+    #[test]
+    fn bytes_come_back() {
+        let key = FrontendKey::new(Address::from_v4_word(0x0100_600a), 8_080, Protocol::Sctp);
+        assert_eq!(FrontendKey::from_bytes(&key.to_bytes()), Ok(key));
+        let backend = Backend::new(Address::UNSPECIFIED, 9, Location::Local, BackendState::Terminating, 4, 2);
+        assert_eq!(Backend::from_bytes(&backend.to_bytes()), Ok(backend));
+    }
+}

@@ -1,0 +1,33 @@
+//! What both sides of kproxy share: how the tables are laid out in BPF maps, and the decision about a
+//! connection.
+//!
+//! The eBPF programs compile this crate against the kernel's maps; the agent compiles it to write those
+//! maps, to print them, and to decide on in-memory tables in tests. It allocates nothing, waits for nothing
+//! and depends on nothing.
+#![no_std]
+
+mod address;
+mod decision;
+mod flow;
+mod layout;
+mod packet;
+mod reason;
+mod socket;
+
+pub use address::{Address, Cidr};
+pub use decision::{
+    AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose, resolve,
+    search, still_serves,
+};
+pub use flow::{Direction, Flow, FlowKey, FlowState};
+pub use layout::{
+    AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
+    FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, Options,
+    Owner, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey,
+    TrafficPolicy, map_names,
+};
+pub use packet::{FlowTables, PacketMeta, PacketVerdict, TcpFlags, on_egress, on_ingress};
+pub use reason::Reason;
+pub use socket::{
+    SOCKET_RECORDS, SocketRecord, SocketRecords, SocketVerdict, original_address, socket_connection,
+};

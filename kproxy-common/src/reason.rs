@@ -1,0 +1,76 @@
+//! Why a connection got its verdict: one list for the counters, the metrics and what operators read.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $number:literal, $word:literal;)*) => {
+        /// Why a connection or a packet got its verdict. The number is the index of its counter.
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        pub enum Reason {
+            $($(#[$doc])* $variant = $number,)*
+        }
+
+        impl Reason {
+            /// All reasons, in the order of their numbers.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The stable word for it in metrics and output.
+            pub const fn word(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// No Service has this address, port and protocol: not our business.
+    NotAService = 0, "not-a-service";
+    /// Sent on to a backend of the Service.
+    Forwarded = 1, "forwarded";
+    /// A load-balancer address that must be reached through the load balancer.
+    PassThrough = 2, "pass-through";
+    /// The Service has no endpoint at all.
+    NoEndpoints = 3, "no-endpoints";
+    /// The policy is Local and no endpoint is on this node.
+    NoLocalEndpoints = 4, "no-local-endpoints";
+    /// The client is in none of the Service's loadBalancerSourceRanges.
+    SourceRange = 5, "source-range";
+    /// An allocated ClusterIP, asked on a port or protocol that it does not have.
+    UndefinedPort = 6, "undefined-port";
+    /// Inside a ServiceCIDR, but no Service has this ClusterIP.
+    UnallocatedAddress = 7, "unallocated-address";
+    /// The ClusterIP belongs to a Service that another proxy serves.
+    OtherProxy = 8, "other-proxy";
+    /// The ClusterIP stands on an interface of this node, and is left to whoever put it there.
+    LocalAddress = 9, "local-address";
+    /// The socket hook cannot decide without the source address: the packet hook will.
+    LeftToPackets = 10, "left-to-packets";
+    /// The packet path does not mask client addresses yet, and this backend is on another node.
+    NeedsMasquerade = 11, "needs-masquerade";
+    /// Sent by this host to a ClusterIP in a way that no socket hook serves.
+    Unserved = 12, "unserved";
+    /// The packet could not be rewritten; it was dropped rather than sent on half translated.
+    RewriteFailed = 13, "rewrite-failed";
+    /// The tables contradict themselves: a backend slot that belongs to another Service, or is out of range.
+    TableError = 14, "table-error";
+    /// The packet is cut short, or its headers lie about their length.
+    Malformed = 15, "malformed";
+    /// A later fragment, or a header chain that is not followed: left alone.
+    Unparsed = 16, "unparsed";
+    /// A TCP packet that opens nothing and belongs to no flow.
+    NoFlow = 17, "no-flow";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_positions_and_words_differ() {
+        for (position, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, position);
+            assert!(Reason::ALL.iter().all(|other| other == reason || other.word() != reason.word()));
+        }
+    }
+}

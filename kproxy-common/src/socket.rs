@@ -1,0 +1,304 @@
+//! What the socket hooks do: a backend at connect or send, the service address back on the way to the
+//! process. The reverse translation lives with the socket, where nothing can evict it.
+
+use crate::{
+    Address, Choice, Connection, Protocol, Reason, Resolution, Tables, choose, resolve, still_serves,
+};
+
+/// How many services one socket can speak to before the oldest record moves to `socket_overflow`.
+pub const SOCKET_RECORDS: usize = 8;
+
+/// One service address that a socket spoke to, and the backend that stands for it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SocketRecord {
+    /// What the process asked for.
+    pub service_address: Address,
+    /// Where it was sent.
+    pub backend_address: Address,
+    /// The port that the process asked for, host order.
+    pub service_port: u16,
+    /// The port that it was sent to, host order.
+    pub backend_port: u16,
+    /// The frontend's number.
+    pub number: u32,
+    /// [`ServiceIdentity::service`](crate::ServiceIdentity::service) of the backend.
+    pub service: u32,
+    /// Where the backend stood; verified before it is used.
+    pub slot: u32,
+    /// The last datagram (TCP: the connect), in nanoseconds since boot.
+    pub last_used: u64,
+}
+
+impl SocketRecord {
+    /// A place that was never used.
+    pub const EMPTY: Self = Self {
+        service_address: Address::UNSPECIFIED,
+        backend_address: Address::UNSPECIFIED,
+        service_port: 0,
+        backend_port: 0,
+        number: 0,
+        service: 0,
+        slot: 0,
+        last_used: 0,
+    };
+
+    #[inline(always)]
+    fn is_for(&self, address: &Address, port: u16) -> bool {
+        self.service_port == port && self.service_address == *address
+    }
+}
+
+/// Value of `socket`. Sockets outlive agents, hence the version.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SocketRecords {
+    version: u32,
+    used: u32,
+    records: [SocketRecord; SOCKET_RECORDS],
+}
+
+impl SocketRecords {
+    const VERSION: u32 = 1;
+
+    /// No records.
+    pub const fn new() -> Self {
+        Self { version: Self::VERSION, used: 0, records: [SocketRecord::EMPTY; SOCKET_RECORDS] }
+    }
+
+    /// Forgets everything: the socket was connected to something that is no service.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.version = Self::VERSION;
+        self.used = 0;
+    }
+
+    /// Holds just this record: the socket was connected.
+    #[inline(always)]
+    pub fn set(&mut self, record: SocketRecord) {
+        self.version = Self::VERSION;
+        self.used = 1;
+        self.records[0] = record;
+    }
+
+    /// The record of a service address, if the socket spoke to it.
+    #[inline(always)]
+    pub fn for_service(&mut self, address: &Address, port: u16) -> Option<&mut SocketRecord> {
+        let used = self.in_use();
+        let mut i = 0;
+        while i < SOCKET_RECORDS && i < used {
+            if self.records[i].is_for(address, port) {
+                return Some(&mut self.records[i]);
+            }
+            i += 1;
+        }
+        None
+    }
+
+    /// The record of a backend, if the socket was sent to it.
+    #[inline(always)]
+    pub fn for_backend(&self, address: &Address, port: u16) -> Option<&SocketRecord> {
+        let used = self.in_use();
+        let mut i = 0;
+        while i < SOCKET_RECORDS && i < used {
+            let record = &self.records[i];
+            if record.backend_port == port && record.backend_address == *address {
+                return Some(record);
+            }
+            i += 1;
+        }
+        None
+    }
+
+    /// Adds a record: in the place of the same service address, else in a free place, else in that of the
+    /// one used longest ago, which is returned.
+    #[inline(always)]
+    pub fn insert(&mut self, record: SocketRecord) -> Option<SocketRecord> {
+        let used = self.in_use();
+        self.version = Self::VERSION;
+        let mut oldest = 0;
+        let mut i = 0;
+        while i < SOCKET_RECORDS {
+            if i >= used {
+                self.records[i] = record;
+                self.used = i as u32 + 1;
+                return None;
+            }
+            if self.records[i].is_for(&record.service_address, record.service_port) {
+                self.records[i] = record;
+                return None;
+            }
+            if self.records[i].last_used < self.records[oldest & (SOCKET_RECORDS - 1)].last_used {
+                oldest = i;
+            }
+            i += 1;
+        }
+        // The mask tells the verifier what the loop guarantees.
+        let oldest = oldest & (SOCKET_RECORDS - 1);
+        let evicted = self.records[oldest];
+        self.records[oldest] = record;
+        Some(evicted)
+    }
+
+    #[inline(always)]
+    fn in_use(&self) -> usize {
+        if self.version == Self::VERSION { self.used as usize } else { 0 }
+    }
+}
+
+impl Default for SocketRecords {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a socket hook does with a call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SocketVerdict {
+    /// The call goes where the process wants.
+    Leave { reason: Reason, number: Option<u32> },
+    /// The call fails with ECONNREFUSED.
+    Refuse { reason: Reason },
+    /// The call goes to the record's backend. `fresh`: it opens a connection or flow, to be counted and
+    /// recorded.
+    Translate { record: SocketRecord, fresh: bool },
+}
+
+/// Decides about a connect (`records`: none, since a connection is balanced anew) or about a datagram of an
+/// unconnected socket, whose flow keeps its backend while that serves and the flow is not idle.
+///
+/// `pick` is a random number, asked for only when a backend is picked.
+///
+/// A connection that must be *dropped* is left untouched here: the packet hook on the way drops it, so that
+/// the process sees what it would see with any other proxy, a timeout.
+#[inline(always)]
+pub fn socket_connection<T: Tables>(
+    tables: &T,
+    connection: &Connection,
+    records: Option<&mut SocketRecords>,
+    pick: impl FnOnce() -> u32,
+) -> SocketVerdict {
+    let balance = match resolve(tables, connection) {
+        Resolution::Balance(balance) => balance,
+        Resolution::Pass { reason, number } => return SocketVerdict::Leave { reason, number },
+        Resolution::Drop { reason, .. } => return SocketVerdict::Leave { reason, number: None },
+        Resolution::Reject { reason, .. } => return SocketVerdict::Refuse { reason },
+    };
+    if let Some(records) = records
+        && let Some(record) = records.for_service(&connection.destination, connection.port)
+        && let Some(record) = continued(tables, balance.number, record)
+    {
+        return SocketVerdict::Translate { record, fresh: false };
+    }
+    let Some(Choice { backend, slot }) = choose(tables, &balance, &connection.client, pick()) else {
+        return SocketVerdict::Leave { reason: Reason::TableError, number: Some(balance.number) };
+    };
+    let last_used = if matches!(connection.protocol, Protocol::Udp) { tables.now() } else { 0 };
+    let record = SocketRecord {
+        service_address: connection.destination,
+        backend_address: backend.address(),
+        service_port: connection.port,
+        backend_port: backend.port(),
+        number: balance.number,
+        service: backend.service(),
+        slot,
+        last_used,
+    };
+    SocketVerdict::Translate { record, fresh: true }
+}
+
+/// The record, brought up to date, if its flow goes on.
+#[inline(always)]
+fn continued<T: Tables>(tables: &T, number: u32, record: &mut SocketRecord) -> Option<SocketRecord> {
+    let now = tables.now();
+    if now.saturating_sub(record.last_used) > tables.config()?.udp_timeout {
+        return None;
+    }
+    let slot = still_serves(
+        tables,
+        number,
+        record.service,
+        &record.backend_address,
+        record.backend_port,
+        record.slot,
+    )?;
+    record.number = number;
+    record.slot = slot;
+    record.last_used = now;
+    Some(*record)
+}
+
+/// The service address behind which a backend answers, for recvmsg and getpeername.
+#[inline(always)]
+pub fn original_address(records: &SocketRecords, address: &Address, port: u16) -> Option<(Address, u16)> {
+    let record = records.for_backend(address, port)?;
+    Some((record.service_address, record.service_port))
+}
+
+const _: () = {
+    assert!(size_of::<SocketRecord>() == 56);
+    assert!(size_of::<SocketRecords>() == 8 + SOCKET_RECORDS * 56);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(n: u32, last_used: u64) -> SocketRecord {
+        SocketRecord {
+            service_address: Address::from_v4_word(n),
+            backend_address: Address::from_v4_word(n + 1_000),
+            service_port: 53,
+            backend_port: 5_353,
+            last_used,
+            ..SocketRecord::EMPTY
+        }
+    }
+
+    #[test]
+    fn several_services_are_remembered_at_once() {
+        let mut records = SocketRecords::new();
+        for n in 0..8 {
+            assert_eq!(records.insert(record(n, u64::from(n) + 1)), None);
+        }
+        for n in 0..8 {
+            let back = original_address(&records, &Address::from_v4_word(n + 1_000), 5_353);
+            assert_eq!(back, Some((Address::from_v4_word(n), 53)));
+        }
+        assert_eq!(original_address(&records, &Address::from_v4_word(1_000), 53), None, "other port");
+    }
+
+    #[test]
+    fn the_one_used_longest_ago_makes_room() {
+        let mut records = SocketRecords::new();
+        for n in 0..8 {
+            records.insert(record(n, 100 - u64::from(n)));
+        }
+        assert_eq!(records.insert(record(9, 200)), Some(record(7, 93)));
+        assert!(records.for_service(&Address::from_v4_word(7), 53).is_none());
+        assert!(records.for_service(&Address::from_v4_word(9), 53).is_some());
+    }
+
+    #[test]
+    fn the_same_service_keeps_its_place_and_a_connect_forgets_the_rest() {
+        let mut records = SocketRecords::new();
+        records.insert(record(1, 1));
+        records.insert(record(2, 2));
+        records.insert(SocketRecord { backend_port: 1, ..record(1, 3) });
+        assert_eq!(records.in_use(), 2);
+        records.set(record(5, 5));
+        assert!(records.for_service(&Address::from_v4_word(2), 53).is_none());
+        records.clear();
+        assert!(records.for_service(&Address::from_v4_word(5), 53).is_none());
+    }
+
+    #[test]
+    fn records_of_another_version_do_not_count() {
+        let mut records = SocketRecords::new();
+        records.insert(record(1, 1));
+        records.version = 99;
+        assert!(records.for_service(&Address::from_v4_word(1), 53).is_none());
+        records.insert(record(2, 2));
+        assert_eq!(records.in_use(), 1);
+    }
+}

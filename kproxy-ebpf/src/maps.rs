@@ -1,0 +1,76 @@
+//! The maps, with BTF for their keys and values. What each maps, who writes it and what a miss means stands
+//! with its name in `kproxy_common::map_names`. Sizes are defaults: the agent sets them when it loads.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
+    macros::btf_map,
+};
+use kproxy_common::{
+    Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, Flow, FlowKey, FrontendKey,
+    Owner, Reason, ServiceEntry, ServiceInfo, SocketRecords,
+};
+
+const FRONTENDS: usize = 32_768;
+const BACKENDS: usize = 262_144;
+const FLOWS: usize = 65_536;
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
+
+/// The part of a `source_range` key that prefixes count in.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct SourceRange {
+    pub number: u32,
+    pub address: Address,
+}
+
+/// Key of `socket_overflow`: a socket and a backend that it was sent to.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct OverflowKey {
+    pub socket_cookie: u64,
+    pub address: Address,
+    pub port: u32,
+    pub _pad: u32,
+}
+
+/// Value of `socket_overflow`: what the process had asked for.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct OverflowValue {
+    pub socket_cookie: u64,
+    pub address: Address,
+    pub port: u32,
+    pub _pad: u32,
+}
+
+#[btf_map(name = "frontend")]
+pub static FRONTEND: HashMap<FrontendKey, u32, FRONTENDS> = HashMap::new();
+#[btf_map(name = "service")]
+pub static SERVICE: Array<ServiceEntry, FRONTENDS, MAPPED> = Array::new();
+#[btf_map(name = "service_info")]
+pub static SERVICE_INFO: Array<ServiceInfo, FRONTENDS, MAPPED> = Array::new();
+#[btf_map(name = "backend")]
+pub static BACKEND: Array<Backend, BACKENDS, MAPPED> = Array::new();
+#[btf_map(name = "address")]
+pub static ADDRESS: HashMap<Address, AddressEntry, FRONTENDS> = HashMap::new();
+#[btf_map(name = "source_range")]
+pub static SOURCE_RANGE: LpmTrie<SourceRange, u32, FLOWS, { BPF_F_NO_PREALLOC as usize }> = LpmTrie::new();
+#[btf_map(name = "affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, FLOWS> = LruHashMap::new();
+#[btf_map(name = "flow")]
+pub static FLOW: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
+#[btf_map(name = "flow_transient")]
+pub static FLOW_TRANSIENT: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
+#[btf_map(name = "socket")]
+pub static SOCKET: SkStorage<SocketRecords> = SkStorage::new();
+#[btf_map(name = "socket_overflow")]
+pub static SOCKET_OVERFLOW: LruHashMap<OverflowKey, OverflowValue, 16_384> = LruHashMap::new();
+#[btf_map(name = "counter")]
+pub static COUNTER: Array<Counters, FRONTENDS> = Array::new();
+#[btf_map(name = "reason")]
+pub static REASON: PerCpuArray<u64, { Reason::ALL.len() }> = PerCpuArray::new();
+#[btf_map(name = "config")]
+pub static CONFIG: Array<Config, 1, MAPPED> = Array::new();
+#[btf_map(name = "owner")]
+pub static OWNER: Array<Owner, 1> = Array::new();

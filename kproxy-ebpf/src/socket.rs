@@ -1,0 +1,356 @@
+//! The socket hooks: connect, sendmsg, recvmsg and getpeername, of both families.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::bpf_sock_addr,
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use kproxy_common::{
+    Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketRecord, SocketRecords,
+    SocketVerdict, Tables as _, original_address, socket_connection,
+};
+
+use crate::{
+    kernel::Kernel,
+    maps::{self, OverflowKey, OverflowValue},
+};
+
+const ECONNREFUSED: i32 = 111;
+/// What a sock_addr program returns to let the call go on.
+const GO_ON: i32 = 1;
+/// What it returns to make the call fail: with EPERM, unless another error was set.
+const FAIL: i32 = 0;
+
+/// Set by the agent when it loads: whether the kernel has bpf_set_retval (5.18).
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: u32 = 1;
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect(&V4::of(&ctx))
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect(&V6::of(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    sendmsg(&V4::of(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    sendmsg(&V6::of(&ctx))
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    translate_back(&V4::of(&ctx))
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    translate_back(&V6::of(&ctx))
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    translate_back(&V4::of(&ctx))
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    translate_back(&V6::of(&ctx))
+}
+
+/// The address of a socket call, in the family of the hook.
+trait Call {
+    fn ctx(&self) -> &SockAddrContext;
+    fn address(&self) -> Address;
+    fn set_address(&self, address: &Address);
+
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.ctx().sock_addr
+    }
+
+    #[inline(always)]
+    fn port(&self) -> u16 {
+        // SAFETY: the context is valid for the program's run.
+        u16::from_be(unsafe { (*self.raw()).user_port } as u16)
+    }
+
+    #[inline(always)]
+    fn set(&self, address: &Address, port: u16) {
+        self.set_address(address);
+        // SAFETY: the context is valid for the program's run.
+        unsafe { (*self.raw()).user_port = u32::from(port.to_be()) };
+    }
+
+    #[inline(always)]
+    fn connection(&self) -> Option<Connection> {
+        // By protocol, never by socket type: a ping socket is SOCK_DGRAM too.
+        // SAFETY: the context is valid for the program's run.
+        let protocol = match unsafe { (*self.raw()).protocol } {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            _ => return None,
+        };
+        // SAFETY: the helper takes the program's own context.
+        let netns_cookie = unsafe { bpf_get_netns_cookie(self.ctx().as_ptr()) };
+        let is_host = match Kernel.config() {
+            // SAFETY: as above. Without a context the helper tells the initial namespace's cookie.
+            Some(config) if config.host_netns_cookie == 0 => {
+                netns_cookie == unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
+            }
+            Some(config) => netns_cookie == config.host_netns_cookie,
+            None => return None,
+        };
+        Some(Connection {
+            client: Client {
+                kind: if is_host { ClientKind::Host } else { ClientKind::Pod },
+                address: Address::UNSPECIFIED,
+                netns_cookie,
+            },
+            destination: self.address(),
+            port: self.port(),
+            protocol,
+        })
+    }
+
+    /// The records of this socket, if it has any.
+    #[inline(always)]
+    fn records(&self) -> Option<&mut SocketRecords> {
+        // SAFETY: the pointer is null or valid for the program's run. Another CPU may use the same socket at the
+        // same time; records are words that are verified before they are used.
+        unsafe { maps::SOCKET.get_ptr_mut(self.ctx()).as_mut() }
+    }
+
+    /// The records of this socket, made if need be.
+    #[inline(always)]
+    fn records_or_new(&self) -> Option<&mut SocketRecords> {
+        // SAFETY: as for `records`.
+        unsafe { maps::SOCKET.get_or_insert_ptr_mut(self.ctx(), None).as_mut() }
+    }
+}
+
+struct V4<'a>(&'a SockAddrContext);
+
+impl<'a> V4<'a> {
+    #[inline(always)]
+    fn of(ctx: &'a SockAddrContext) -> Self {
+        Self(ctx)
+    }
+}
+
+impl Call for V4<'_> {
+    #[inline(always)]
+    fn ctx(&self) -> &SockAddrContext {
+        self.0
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Address {
+        // SAFETY: the context is valid for the program's run.
+        Address::from_v4_word(unsafe { (*self.raw()).user_ip4 })
+    }
+
+    #[inline(always)]
+    fn set_address(&self, address: &Address) {
+        // SAFETY: the context is valid for the program's run.
+        unsafe { (*self.raw()).user_ip4 = address.v4_word() };
+    }
+}
+
+struct V6<'a>(&'a SockAddrContext);
+
+impl<'a> V6<'a> {
+    #[inline(always)]
+    fn of(ctx: &'a SockAddrContext) -> Self {
+        Self(ctx)
+    }
+}
+
+impl Call for V6<'_> {
+    #[inline(always)]
+    fn ctx(&self) -> &SockAddrContext {
+        self.0
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Address {
+        let raw = self.raw();
+        // SAFETY: the context is valid for the program's run. Word by word: context fields are read one load each.
+        unsafe {
+            Address::from_words([
+                core::ptr::read_volatile(&raw const (*raw).user_ip6[0]),
+                core::ptr::read_volatile(&raw const (*raw).user_ip6[1]),
+                core::ptr::read_volatile(&raw const (*raw).user_ip6[2]),
+                core::ptr::read_volatile(&raw const (*raw).user_ip6[3]),
+            ])
+        }
+    }
+
+    #[inline(always)]
+    fn set_address(&self, address: &Address) {
+        let raw = self.raw();
+        let [a, b, c, d] = address.words();
+        // SAFETY: as for `address`.
+        unsafe {
+            core::ptr::write_volatile(&raw mut (*raw).user_ip6[0], a);
+            core::ptr::write_volatile(&raw mut (*raw).user_ip6[1], b);
+            core::ptr::write_volatile(&raw mut (*raw).user_ip6[2], c);
+            core::ptr::write_volatile(&raw mut (*raw).user_ip6[3], d);
+        }
+    }
+}
+
+#[inline(always)]
+fn connect(call: &impl Call) -> i32 {
+    let Some(connection) = call.connection() else {
+        return GO_ON;
+    };
+    match socket_connection(&Kernel, &connection, None, random) {
+        SocketVerdict::Leave { reason, number } => {
+            leave(reason, number);
+            // What was said through an earlier connect of this socket no longer stands.
+            if let Some(records) = call.records() {
+                records.clear();
+            }
+            GO_ON
+        }
+        SocketVerdict::Refuse { reason } => {
+            Kernel.count_reason(reason);
+            if set_refused() {
+                return FAIL;
+            }
+            // An older kernel knows EPERM only. Port 0 of loopback refuses, as the service would.
+            call.set(&loopback(&connection.destination), 0);
+            GO_ON
+        }
+        SocketVerdict::Translate { record, fresh: _ } => {
+            Kernel.count(record.number, true);
+            Kernel.count_reason(Reason::Forwarded);
+            let peer_wanted = Kernel.config().is_some_and(|config| config.remember_peer != 0);
+            if (peer_wanted || matches!(connection.protocol, Protocol::Udp))
+                && let Some(records) = call.records_or_new()
+            {
+                records.set(record);
+            }
+            call.set(&record.backend_address, record.backend_port);
+            GO_ON
+        }
+    }
+}
+
+#[inline(always)]
+fn sendmsg(call: &impl Call) -> i32 {
+    let Some(connection) = call.connection() else {
+        return GO_ON;
+    };
+    match socket_connection(&Kernel, &connection, call.records(), random) {
+        SocketVerdict::Leave { reason, number } => {
+            leave(reason, number);
+            GO_ON
+        }
+        SocketVerdict::Refuse { reason } => {
+            Kernel.count_reason(reason);
+            // Without bpf_set_retval the datagram fails with EPERM: nothing else stops it on such kernels.
+            set_refused();
+            FAIL
+        }
+        SocketVerdict::Translate { record, fresh } => {
+            if fresh {
+                Kernel.count(record.number, true);
+                Kernel.count_reason(Reason::Forwarded);
+                if let Some(records) = call.records_or_new()
+                    && let Some(evicted) = records.insert(record)
+                {
+                    overflow(call, &evicted);
+                }
+            }
+            call.set(&record.backend_address, record.backend_port);
+            GO_ON
+        }
+    }
+}
+
+/// recvmsg and getpeername: the process sees the address that it asked, not the backend's.
+#[inline(always)]
+fn translate_back(call: &impl Call) -> i32 {
+    let Some(records) = call.records() else {
+        return GO_ON;
+    };
+    let (address, port) = (call.address(), call.port());
+    if let Some((address, port)) = original_address(records, &address, port) {
+        call.set(&address, port);
+        return GO_ON;
+    }
+    let key = overflow_key(call, &address, port);
+    // SAFETY: copied at once; the value carries the cookie, compared below.
+    let found = unsafe { maps::SOCKET_OVERFLOW.get(&key) }.copied();
+    if let Some(value) = found
+        && value.socket_cookie == key.socket_cookie
+    {
+        call.set(&value.address, value.port as u16);
+    }
+    GO_ON
+}
+
+#[inline(always)]
+fn leave(reason: Reason, number: Option<u32>) {
+    Kernel.count_reason(reason);
+    if let (Reason::PassThrough, Some(number)) = (reason, number) {
+        Kernel.count(number, false);
+    }
+}
+
+#[inline(always)]
+fn overflow(call: &impl Call, record: &SocketRecord) {
+    let key = overflow_key(call, &record.backend_address, record.backend_port);
+    let value = OverflowValue {
+        socket_cookie: key.socket_cookie,
+        address: record.service_address,
+        port: u32::from(record.service_port),
+        _pad: 0,
+    };
+    // Without room an answer of this backend would show the backend's address: the LRU makes room.
+    let _ = maps::SOCKET_OVERFLOW.insert(&key, &value, 0);
+}
+
+#[inline(always)]
+fn overflow_key(call: &impl Call, address: &Address, port: u16) -> OverflowKey {
+    // SAFETY: the helper takes the program's own context.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(call.ctx().as_ptr()) };
+    OverflowKey { socket_cookie, address: *address, port: u32::from(port), _pad: 0 }
+}
+
+#[inline(always)]
+fn set_refused() -> bool {
+    // SAFETY: a static of this program; volatile, since the agent changes it before loading.
+    if unsafe { core::ptr::read_volatile(&raw const HAS_SET_RETVAL) } == 0 {
+        return false;
+    }
+    // SAFETY: the helper has no conditions in connect and sendmsg programs.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    true
+}
+
+#[inline(always)]
+fn loopback(family_of: &Address) -> Address {
+    if family_of.is_v4() {
+        Address::from_v4_word(0x7f00_0001_u32.to_be())
+    } else {
+        Address::from_words([0, 0, 0, 1_u32.to_be()])
+    }
+}
+
+#[inline(always)]
+fn random() -> u32 {
+    // SAFETY: the helper has no conditions.
+    unsafe { bpf_get_prandom_u32() }
+}

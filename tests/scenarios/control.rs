@@ -1,0 +1,73 @@
+//! The control plane alone: a real API server that nodes can reach.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use kproxy_lab::{Context, ControlPlane, NodeSpec};
+
+use crate::Scenario;
+
+pub const SCENARIOS: &[Scenario] = &[("lab::control_plane_serves", serves)];
+
+const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  ipFamilyPolicy: PreferDualStack
+  selector: {app: web}
+  ports: [{port: 80}]
+";
+
+fn serves(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &[])).control())?;
+    let start = Instant::now();
+    let mut control = ControlPlane::start(&lab, &ControlPlane::assets()?)?;
+    eprintln!("the API server was ready after {:?}", start.elapsed());
+
+    control.apply(SERVICE)?;
+    let path = "jsonpath={.spec.clusterIPs}";
+    let addresses = || control.kubectl(&["get", "service", "web", "-o", path])?.success();
+    let before = addresses()?;
+    ensure!(before.contains("\"10.96.") && before.contains("\"fd00:10:96:"), "{before}");
+
+    // From a node, over the wire, with a name that must be in the certificate.
+    let ca = control.kubeconfig().with_file_name("ca.crt");
+    let reached = lab
+        .node("node-a")?
+        .command("curl")?
+        .args(["-sS", "--max-time", "5", "--cacert"])
+        .arg(ca)
+        .arg(format!("{}/version", control.url()))
+        .run()?
+        .success()?;
+    ensure!(reached.contains("gitVersion"), "{reached}");
+
+    // Roles are enforced: by certificate, and by a ServiceAccount's token.
+    control.kubectl(&["create", "serviceaccount", "reader"])?.success()?;
+    let get = ["get", "services"];
+    for kubeconfig in [
+        control.kubeconfig_for("system:node:node-a", &["nobodies"])?,
+        control.kubeconfig_for_service_account("default", "reader")?,
+    ] {
+        let refused = control.kubectl_with(&kubeconfig, &get, "")?;
+        ensure!(refused.stderr.contains("Forbidden"), "{refused}");
+    }
+    let role = ["create", "clusterrole", "read", "--verb=get,list", "--resource=services"];
+    control.kubectl(&role)?.success()?;
+    let binding = ["create", "clusterrolebinding", "read", "--clusterrole=read"];
+    let binding = [&binding[..], &["--serviceaccount=default:reader"]].concat();
+    control.kubectl(&binding)?.success()?;
+    let reader = control.kubeconfig_for_service_account("default", "reader")?;
+    kproxy_lab::wait_until("the role being in force", Duration::from_secs(5), || {
+        Ok(control.kubectl_with(&reader, &get, "")?.status.success())
+    })?;
+
+    // An outage loses nothing.
+    control.stop_api_server()?;
+    ensure!(!control.kubectl(&["get", "services", "--request-timeout=2s"])?.status.success());
+    control.start_api_server()?;
+    let after = control.kubectl(&["get", "service", "web", "-o", path])?.success()?;
+    ensure!(after == before, "{after} instead of {before}");
+    Ok(())
+}

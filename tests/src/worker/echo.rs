@@ -1,0 +1,75 @@
+//! Echo servers: say who answered and whom they saw.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use super::protocol::{Answer, WireFamily};
+use super::sockets::{Failed, tcp_server, udp_answer, udp_receive, udp_server};
+
+/// Starts a server for TCP and UDP, both families. Bound when this returns.
+pub fn start(name: &str, port: u16) -> Result<(), Failed> {
+    for family in [WireFamily::V4, WireFamily::V6] {
+        let listener = tcp_server(family, port)?;
+        let socket = udp_server(family, port)?;
+        let for_tcp = name.to_owned();
+        let for_udp = name.to_owned();
+        thread::spawn(move || serve_tcp(&listener, &for_tcp));
+        thread::spawn(move || serve_udp(&socket, &for_udp, port));
+    }
+    Ok(())
+}
+
+fn serve_tcp(listener: &TcpListener, name: &str) {
+    for stream in listener.incoming() {
+        match stream {
+            Ok(stream) => {
+                let name = name.to_owned();
+                thread::spawn(move || {
+                    // A client that goes away in the middle is nothing to speak of.
+                    let _ = converse(stream, &name);
+                });
+            }
+            Err(error) => eprintln!("accept: {error}"),
+        }
+    }
+}
+
+/// Answers each line of a connection, until the client closes.
+fn converse(stream: TcpStream, name: &str) -> std::io::Result<()> {
+    let client = stream.peer_addr()?;
+    let local = stream.local_addr()?;
+    stream.set_nodelay(true)?;
+    let mut to = stream.try_clone()?;
+    for line in BufReader::new(stream).lines() {
+        let answer = Answer { server: name.to_owned(), client, local, data: line? };
+        let mut text = serde_json::to_string(&answer)?;
+        text.push('\n');
+        to.write_all(text.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn serve_udp(socket: &OwnedFd, name: &str, port: u16) {
+    loop {
+        let asked = match udp_receive(socket, port) {
+            Ok(asked) => asked,
+            Err(failed) => {
+                // An ICMP error about an earlier answer, at most.
+                eprintln!("{}: {}", failed.call, failed.errno);
+                continue;
+            }
+        };
+        let answer = Answer {
+            server: name.to_owned(),
+            client: asked.from,
+            local: asked.local,
+            data: String::from_utf8_lossy(&asked.data).into_owned(),
+        };
+        let text = serde_json::to_vec(&answer).unwrap_or_default();
+        if let Err(failed) = udp_answer(socket, &asked, &text) {
+            eprintln!("{} to {}: {}", failed.call, asked.from, failed.errno);
+        }
+    }
+}

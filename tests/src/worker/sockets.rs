@@ -1,0 +1,245 @@
+//! A worker's sockets: the few system calls that the standard library does not offer.
+
+use std::io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrStorage, bind,
+    connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
+};
+
+use super::protocol::WireFamily;
+
+/// A system call that failed.
+#[derive(Clone, Copy, Debug)]
+pub struct Failed {
+    pub call: &'static str,
+    pub errno: Errno,
+}
+
+/// Names the call that an error came from.
+pub trait Named<T> {
+    fn named(self, call: &'static str) -> Result<T, Failed>;
+}
+
+impl<T> Named<T> for io::Result<T> {
+    fn named(self, call: &'static str) -> Result<T, Failed> {
+        self.map_err(|error| Failed {
+            call,
+            // What has no number is the standard library's own: the other side closed.
+            errno: error.raw_os_error().map_or(Errno::EPIPE, Errno::from_raw),
+        })
+    }
+}
+
+impl<T> Named<T> for nix::Result<T> {
+    fn named(self, call: &'static str) -> Result<T, Failed> {
+        self.map_err(|errno| Failed { call, errno })
+    }
+}
+
+/// Connects within a time, from an address if one is given.
+pub fn tcp_connect(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> Result<TcpStream, Failed> {
+    let fd = new_socket(to.is_ipv4(), SockType::Stream)?;
+    if let Some(from) = from {
+        setsockopt(&fd, sockopt::ReuseAddr, &true).named("setsockopt")?;
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(from)).named("bind")?;
+    }
+    let stream = TcpStream::from(fd);
+    stream.set_nonblocking(true).named("fcntl")?;
+    match connect(stream.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS) => wait_connected(&stream, timeout)?,
+        Err(errno) => {
+            return Err(Failed { call: "connect", errno });
+        }
+    }
+    stream.set_nonblocking(false).named("fcntl")?;
+    Ok(stream)
+}
+
+/// Sends a line and reads one, within a time for each.
+pub fn tcp_exchange(
+    stream: &mut BufReader<TcpStream>,
+    send: &str,
+    timeout: Duration,
+) -> Result<String, Failed> {
+    let socket = stream.get_mut();
+    socket
+        .set_read_timeout(Some(timeout))
+        .and_then(|()| socket.set_write_timeout(Some(timeout)))
+        .named("setsockopt")?;
+    socket.write_all(format!("{send}\n").as_bytes()).named("send")?;
+    let mut line = String::new();
+    if stream.read_line(&mut line).named("recv")? == 0 {
+        return Err(Failed { call: "recv", errno: Errno::EPIPE });
+    }
+    line.truncate(line.trim_end().len());
+    Ok(line)
+}
+
+/// A UDP socket. An IPv6 one is not limited to IPv6, as is the kernel's default.
+pub fn udp_socket(family: WireFamily, at: Option<SocketAddr>) -> Result<UdpSocket, Failed> {
+    let fd = new_socket(matches!(family, WireFamily::V4), SockType::Datagram)?;
+    if let Some(at) = at {
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).named("bind")?;
+    }
+    Ok(UdpSocket::from(fd))
+}
+
+pub fn udp_connect(socket: &UdpSocket, to: Option<SocketAddr>) -> Result<(), Failed> {
+    if let Some(to) = to {
+        return connect(socket.as_raw_fd(), &SockaddrStorage::from(to)).named("connect");
+    }
+    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the address is a live sockaddr of the length given, and the descriptor is open.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, length) };
+    Errno::result(result).map(drop).named("connect")
+}
+
+/// A UDP socket that serves a port at all addresses of one family, and knows which was asked.
+pub fn udp_server(family: WireFamily, port: u16) -> Result<OwnedFd, Failed> {
+    let v4 = matches!(family, WireFamily::V4);
+    let fd = new_socket(v4, SockType::Datagram)?;
+    if v4 {
+        setsockopt(&fd, sockopt::Ipv4PacketInfo, &true).named("setsockopt")?;
+    } else {
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true).named("setsockopt")?;
+        setsockopt(&fd, sockopt::Ipv6RecvPacketInfo, &true).named("setsockopt")?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(any(v4, port))).named("bind")?;
+    Ok(fd)
+}
+
+/// A TCP listener at all addresses of one family.
+pub fn tcp_server(family: WireFamily, port: u16) -> Result<std::net::TcpListener, Failed> {
+    let v4 = matches!(family, WireFamily::V4);
+    let fd = new_socket(v4, SockType::Stream)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true).named("setsockopt")?;
+    if !v4 {
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true).named("setsockopt")?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(any(v4, port))).named("bind")?;
+    // As large as the system allows: bursts of connections are not to be refused here.
+    let backlog = nix::sys::socket::Backlog::new(4096).named("listen")?;
+    nix::sys::socket::listen(&fd, backlog).named("listen")?;
+    Ok(fd.into())
+}
+
+/// A datagram with where it came from and which of our addresses it was for.
+pub struct Asked {
+    pub data: Vec<u8>,
+    pub from: SocketAddr,
+    pub local: SocketAddr,
+    info: PacketInfo,
+}
+
+#[derive(Clone, Copy)]
+enum PacketInfo {
+    V4(libc::in_pktinfo),
+    V6(libc::in6_pktinfo),
+}
+
+/// Waits for a datagram on a [`udp_server`]'s socket.
+pub fn udp_receive(socket: &OwnedFd, port: u16) -> Result<Asked, Failed> {
+    let mut buffer = vec![0; 65536];
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo, libc::in_pktinfo);
+    let (length, from, info) = {
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let message = recvmsg::<SockaddrStorage>(
+            socket.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            MsgFlags::empty(),
+        )
+        .named("recvmsg")?;
+        let info = message.cmsgs().named("recvmsg")?.find_map(|one| match one {
+            ControlMessageOwned::Ipv4PacketInfo(info) => Some(PacketInfo::V4(info)),
+            ControlMessageOwned::Ipv6PacketInfo(info) => Some(PacketInfo::V6(info)),
+            _ => None,
+        });
+        (message.bytes, message.address, info)
+    };
+    let missing = |call| Failed { call, errno: Errno::EINVAL };
+    let info = info.ok_or(missing("recvmsg"))?;
+    let from = from.and_then(|from| to_std(&from)).ok_or(missing("recvmsg"))?;
+    buffer.truncate(length);
+    Ok(Asked { data: buffer, from, local: info.local(port), info })
+}
+
+/// Answers a datagram from the address that it was sent to.
+pub fn udp_answer(socket: &OwnedFd, asked: &Asked, data: &[u8]) -> Result<(), Failed> {
+    let slices = [IoSlice::new(data)];
+    let to = SockaddrStorage::from(asked.from);
+    let sent = match asked.info {
+        PacketInfo::V4(info) => {
+            let from =
+                libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: info.ipi_addr, ipi_addr: info.ipi_addr };
+            let control = [ControlMessage::Ipv4PacketInfo(&from)];
+            sendmsg(socket.as_raw_fd(), &slices, &control, MsgFlags::empty(), Some(&to))
+        }
+        PacketInfo::V6(info) => {
+            let from = libc::in6_pktinfo { ipi6_addr: info.ipi6_addr, ipi6_ifindex: 0 };
+            let control = [ControlMessage::Ipv6PacketInfo(&from)];
+            sendmsg(socket.as_raw_fd(), &slices, &control, MsgFlags::empty(), Some(&to))
+        }
+    };
+    sent.map(drop).named("sendmsg")
+}
+
+impl PacketInfo {
+    fn local(self, port: u16) -> SocketAddr {
+        match self {
+            Self::V4(info) => {
+                let address = Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr));
+                SocketAddr::from((address, port))
+            }
+            Self::V6(info) => SocketAddr::from((Ipv6Addr::from(info.ipi6_addr.s6_addr), port)),
+        }
+    }
+}
+
+fn new_socket(v4: bool, kind: SockType) -> Result<OwnedFd, Failed> {
+    let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    socket(family, kind, SockFlag::SOCK_CLOEXEC, None).named("socket")
+}
+
+fn any(v4: bool, port: u16) -> SocketAddr {
+    if v4 { (Ipv4Addr::UNSPECIFIED, port).into() } else { (Ipv6Addr::UNSPECIFIED, port).into() }
+}
+
+fn wait_connected(stream: &TcpStream, timeout: Duration) -> Result<(), Failed> {
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, left) {
+            Ok(0) => {
+                return Err(Failed { call: "connect", errno: Errno::ETIMEDOUT });
+            }
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(errno) => {
+                return Err(Failed { call: "poll", errno });
+            }
+        }
+    }
+    match stream.take_error().named("getsockopt")? {
+        None => Ok(()),
+        Some(error) => Err(error).named("connect"),
+    }
+}
+
+fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = address.as_sockaddr_in() {
+        return Some((v4.ip(), v4.port()).into());
+    }
+    let v6 = address.as_sockaddr_in6()?;
+    Some((v6.ip(), v6.port()).into())
+}

@@ -1,0 +1,109 @@
+//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | clean-cache`.
+
+mod apt;
+mod bpf;
+mod build;
+mod demo;
+mod kubernetes;
+mod machine;
+mod paths;
+mod process;
+mod progress;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::paths::Paths;
+use crate::progress::Progress;
+use crate::setup::Purpose;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Set-up, build, test and demo of kproxy")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find what is needed, say what is missing, and install it
+    Setup {
+        /// Only what this purpose needs
+        #[arg(long = "for", value_name = "PURPOSE", value_enum, default_value = "test")]
+        purpose: Purpose,
+        /// Say what is missing and install nothing; exits with 1 if something is
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the eBPF programs and the binary that carries them, target/{debug,release}/kproxy
+    Build {
+        /// Build with optimisations, into target/release
+        #[arg(long)]
+        release: bool,
+        /// Build the eBPF objects, target/bpf/*.bpf.o, and nothing else
+        #[arg(long, conflicts_with = "release")]
+        bpf_only: bool,
+    },
+    /// Check formatting and run clippy, without running a test
+    Lint,
+    /// Set up, lint, build, and run every test that this machine can run
+    Test {
+        /// Leave out the scenarios that need root and network namespaces
+        #[arg(long)]
+        skip_lab: bool,
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Set up, build, and show a pass-through load balancer being reached, in the lab
+    Demo {
+        /// Handed on to the demo; `--keep` leaves the lab standing
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Remove what setup built outside of the tree: bpf-linker and the Kubernetes programs
+    CleanCache,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    let paths = Paths::discover()?;
+    let progress = Progress::new();
+    match command {
+        Command::Setup { purpose, check } => {
+            if check {
+                return setup::check(&paths, purpose);
+            }
+            let tools = setup::run(&paths, &progress, purpose)?;
+            println!("set up: {}", tools.bpf);
+        }
+        Command::Build { release, bpf_only } => {
+            let tools = setup::run(&paths, &progress, Purpose::Build)?;
+            let objects = bpf::build(&paths, &progress, &tools.bpf)?;
+            if !bpf_only {
+                build::agent(&paths, &progress, &objects, build::Profile::from(release))?;
+            }
+        }
+        Command::Lint => return test::lint(&paths, &progress),
+        Command::Test { skip_lab, filter } => {
+            return test::run(&paths, &progress, skip_lab, filter.as_deref());
+        }
+        Command::Demo { args } => return demo::run(&paths, &progress, &args),
+        Command::CleanCache => setup::clean_cache(&paths)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
