@@ -2,9 +2,6 @@
 //!
 //! Data flows one way: [`source`] → [`model`] → [`plan`] → [`maps`] → the programs.
 
-pub mod agent;
-pub mod cli;
-pub mod commands;
 pub mod devices;
 pub mod maps;
 pub mod model;

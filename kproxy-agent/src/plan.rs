@@ -83,6 +83,16 @@ pub enum Party {
     Leftovers,
 }
 
+impl Party {
+    /// The Service, if it is one.
+    pub fn service(&self) -> Option<Arc<ServiceKey>> {
+        match self {
+            Self::Service(key) => Some(key.clone()),
+            Self::Node | Self::Leftovers => None,
+        }
+    }
+}
+
 impl std::fmt::Display for Party {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

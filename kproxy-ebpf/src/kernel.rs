@@ -2,8 +2,8 @@
 
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_ktime_get_ns};
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Flow, FlowKey, FlowState,
-    FlowTables, FrontendKey, Reason, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Flow, FlowKey,
+    FlowState, FlowTables, FrontendKey, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
 use crate::maps;
@@ -14,19 +14,6 @@ const ANY: u64 = 0;
 pub struct Kernel;
 
 impl Kernel {
-    /// Counts a verdict. What is nobody's business is not counted: it would be the costliest counter of all.
-    #[inline(always)]
-    pub fn count_reason(&self, reason: Reason) {
-        if matches!(reason, Reason::NotAService | Reason::NoFlow) {
-            return;
-        }
-        if let Some(count) = maps::REASON.get_ptr_mut(reason as u32) {
-            // SAFETY: the element is this CPU's, and a program is not interrupted by another of the same hook
-            // in a way that matters for a statistic; the pointer is valid for the program's run.
-            unsafe { *count = (*count).wrapping_add(1) };
-        }
-    }
-
     /// One of the four words of a service entry, read at once.
     #[inline(always)]
     fn word(number: u32, index: usize) -> Option<u64> {
@@ -168,8 +155,11 @@ impl FlowTables for Kernel {
         };
         // SAFETY: the pointer is valid for the program's run; CPUs add to the same counter atomically.
         unsafe {
-            let counter = if forwarded { &raw mut (*counters).connections } else { &raw mut (*counters).pass_through };
-            core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(counter, 1);
+            let counter =
+                if forwarded { &raw mut (*counters).connections } else { &raw mut (*counters).pass_through };
+            core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(
+                counter, 1,
+            );
         }
     }
 }

@@ -4,6 +4,7 @@
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "an atomic add has no stable form on this target")]
 
+mod count;
 mod kernel;
 mod maps;
 mod packet;

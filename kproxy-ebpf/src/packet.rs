@@ -2,7 +2,9 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes},
+    helpers::{
+        bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes,
+    },
     macros::classifier,
     programs::TcContext,
 };
@@ -10,7 +12,7 @@ use kproxy_common::{
     Address, ClientKind, PacketMeta, PacketVerdict, Protocol, Reason, TcpFlags, on_egress, on_ingress,
 };
 
-use crate::kernel::Kernel;
+use crate::{count::count_reason, kernel::Kernel};
 
 /// Leave the packet to the next program, and to the stack after the last.
 const NEXT: i32 = TC_ACT_UNSPEC;
@@ -78,7 +80,7 @@ fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
     };
     match rewritten {
         Ok(()) => {
-            Kernel.count_reason(Reason::Forwarded);
+            count_reason(Reason::Forwarded);
             NEXT
         }
         // Half rewritten is worse than lost.
@@ -88,13 +90,13 @@ fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
 
 #[inline(always)]
 fn pass(reason: Reason) -> i32 {
-    Kernel.count_reason(reason);
+    count_reason(reason);
     NEXT
 }
 
 #[inline(always)]
 fn drop(reason: Reason) -> i32 {
-    Kernel.count_reason(reason);
+    count_reason(reason);
     DROP
 }
 
@@ -205,7 +207,13 @@ impl Packet {
     }
 
     #[inline(always)]
-    fn set_address(&self, ctx: &TcContext, at: u32, old: &Address, new: &Address) -> Result<(), RewriteFailed> {
+    fn set_address(
+        &self,
+        ctx: &TcContext,
+        at: u32,
+        old: &Address,
+        new: &Address,
+    ) -> Result<(), RewriteFailed> {
         let (checksum, flags) = self.checksum();
         let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
         let skb = ctx.skb.skb;
@@ -258,7 +266,13 @@ fn succeeded(result: i64) -> Result<(), RewriteFailed> {
 fn store<T>(ctx: &TcContext, at: u32, value: &T) -> Result<(), RewriteFailed> {
     // SAFETY: the value is as long as the helper is told; the helper checks the offset against the packet.
     succeeded(unsafe {
-        bpf_skb_store_bytes(ctx.skb.skb, at, core::ptr::from_ref(value).cast_mut().cast(), size_of::<T>() as u32, 0)
+        bpf_skb_store_bytes(
+            ctx.skb.skb,
+            at,
+            core::ptr::from_ref(value).cast_mut().cast(),
+            size_of::<T>() as u32,
+            0,
+        )
     })
 }
 

@@ -13,6 +13,7 @@ use kproxy_common::{
 };
 
 use crate::{
+    count::count_reason,
     kernel::Kernel,
     maps::{self, OverflowKey, OverflowValue},
 };
@@ -113,7 +114,8 @@ trait Call {
         Some(Connection {
             client: Client {
                 kind: if is_host { ClientKind::Host } else { ClientKind::Pod },
-                address: Address::UNSPECIFIED,
+                // None yet. Built from words: the zero of an octet array becomes a call of a loop over octets.
+                address: Address::from_v4_word(0),
                 netns_cookie,
             },
             destination: self.address(),
@@ -224,7 +226,7 @@ fn connect(call: &impl Call) -> i32 {
             GO_ON
         }
         SocketVerdict::Refuse { reason } => {
-            Kernel.count_reason(reason);
+            count_reason(reason);
             if set_refused() {
                 return FAIL;
             }
@@ -234,7 +236,7 @@ fn connect(call: &impl Call) -> i32 {
         }
         SocketVerdict::Translate { record, fresh: _ } => {
             Kernel.count(record.number, true);
-            Kernel.count_reason(Reason::Forwarded);
+            count_reason(Reason::Forwarded);
             let peer_wanted = Kernel.config().is_some_and(|config| config.remember_peer != 0);
             if (peer_wanted || matches!(connection.protocol, Protocol::Udp))
                 && let Some(records) = call.records_or_new()
@@ -258,7 +260,7 @@ fn sendmsg(call: &impl Call) -> i32 {
             GO_ON
         }
         SocketVerdict::Refuse { reason } => {
-            Kernel.count_reason(reason);
+            count_reason(reason);
             // Without bpf_set_retval the datagram fails with EPERM: nothing else stops it on such kernels.
             set_refused();
             FAIL
@@ -266,7 +268,7 @@ fn sendmsg(call: &impl Call) -> i32 {
         SocketVerdict::Translate { record, fresh } => {
             if fresh {
                 Kernel.count(record.number, true);
-                Kernel.count_reason(Reason::Forwarded);
+                count_reason(Reason::Forwarded);
                 if let Some(records) = call.records_or_new()
                     && let Some(evicted) = records.insert(record)
                 {
@@ -303,7 +305,7 @@ fn translate_back(call: &impl Call) -> i32 {
 
 #[inline(always)]
 fn leave(reason: Reason, number: Option<u32>) {
-    Kernel.count_reason(reason);
+    count_reason(reason);
     if let (Reason::PassThrough, Some(number)) = (reason, number) {
         Kernel.count(number, false);
     }

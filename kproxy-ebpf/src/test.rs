@@ -16,9 +16,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use kernel::Kernel;
-use kproxy_common::{
-    Address, Choice, Client, ClientKind, Connection, Protocol, Resolution, choose, resolve,
-};
+use kproxy_common::{Address, Choice, Client, ClientKind, Connection, Protocol, Resolution, choose, resolve};
 
 /// A connection to decide about. 64 octets, as the test writes them.
 #[repr(C)]
@@ -85,7 +83,8 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
     let seen = match resolve(&Kernel, &connection) {
         Resolution::Balance(balance) => match choose(&Kernel, &balance, &connection.client, pick) {
             Some(Choice { backend, .. }) => {
-                let (port, end) = (u32::from(backend.port()), u32::from_be(backend.address().v4_word()) & 0xff);
+                let (port, end) =
+                    (u32::from(backend.port()), u32::from_be(backend.address().v4_word()) & 0xff);
                 if port == 1_000 + which && end == which {
                     0
                 } else if port == 1_000 + end {

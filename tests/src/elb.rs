@@ -18,6 +18,9 @@ use crate::member::Member;
 use crate::process::Process;
 use crate::wait::{wait_for, wait_until};
 
+/// Where HAProxy shows its statistics by HTTP, for people: in the load balancer's own namespace.
+const STATISTICS: &str = "127.0.0.1:8404";
+
 /// The load balancer's machine, with HAProxy once [`Elb::configure`] was called. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Elb {
@@ -157,6 +160,29 @@ impl Elb {
         Ok(before + self.counter(frontend)?)
     }
 
+    /// How many connections each server of a frontend was given since the last
+    /// [`Elb::configure`]. Health checks do not count.
+    ///
+    /// # Errors
+    /// When HAProxy does not answer.
+    pub fn server_connections(&self, frontend: &str) -> Result<BTreeMap<String, u64>> {
+        let backend = backend_name(frontend);
+        let rows = parse_stat(&self.ask("show stat")?)?;
+        rows.iter()
+            .filter(|row| row["pxname"] == backend && row["svname"] != "BACKEND")
+            .map(|row| {
+                let count = row["stot"].parse();
+                let count = count.with_context(|| format!("HAProxy counts {:?} sessions", row["stot"]))?;
+                Ok((row["svname"].clone(), count))
+            })
+            .collect()
+    }
+
+    /// Where the load balancer's machine itself gets the statistics as CSV, with curl.
+    pub fn statistics_url() -> String {
+        format!("http://{STATISTICS}/;csv")
+    }
+
     /// Which servers of a frontend its health checks found up.
     ///
     /// # Errors
@@ -258,7 +284,12 @@ fn configuration(frontends: &[Frontend], socket: &Path) -> String {
          \x20 timeout connect 2s\n\
          \x20 timeout client 1h\n\
          \x20 timeout server 1h\n\
-         \x20 timeout check 1s\n",
+         \x20 timeout check 1s\n\
+         listen statistics\n\
+         \x20 mode http\n\
+         \x20 bind {STATISTICS}\n\
+         \x20 stats enable\n\
+         \x20 stats uri /\n",
         socket.display()
     );
     for frontend in frontends {

@@ -43,8 +43,8 @@ pub mod flags {
     pub const FRONTENDS: &str = "--max-frontends";
     /// Elements of `backend`.
     pub const BACKENDS: &str = "--max-backends";
-    /// Elements of `address`.
-    pub const ADDRESSES: &str = "--max-addresses";
+    /// Elements of `address`, which has as many as `frontend`.
+    pub const ADDRESSES: &str = "--max-frontends";
     /// Elements of `source_range`.
     pub const SOURCE_RANGES: &str = "--max-source-ranges";
 }

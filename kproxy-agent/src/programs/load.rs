@@ -185,7 +185,8 @@ pub fn check_on_bpffs(root: &Path) -> Result<(), LoadError> {
 
 /// Whether packet programs can be attached by TCX links (6.6).
 pub fn has_tcx() -> bool {
-    aya::util::KernelVersion::at_least(6, 6, 0)
+    // Asked, not told by a version number: kernels before it do not know the question.
+    aya::programs::SchedClassifier::query_tcx("lo", aya::programs::TcAttachType::Ingress).is_ok()
 }
 
 /// Whether the kernel has `bpf_set_retval` for socket programs (5.18).

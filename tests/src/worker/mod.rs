@@ -134,6 +134,15 @@ impl Worker {
         answer(&self.tcp_request(id, send)?)
     }
 
+    /// Asks for `/` by HTTP on an open connection, which stays open, and returns the body of the
+    /// answer, whatever its status; 3 s at most.
+    ///
+    /// # Errors
+    /// As [`Worker::tcp_request`]; EPROTO when the answer is not HTTP/1.1 with a Content-Length.
+    pub fn http_get(&self, id: Id, host: &str) -> WorkerResult<String> {
+        self.call(&Request::HttpGet { id, host: host.to_owned(), timeout_ms: milliseconds(TIMEOUT) })
+    }
+
     /// Asks an echo server on a connection of its own: connect, ask, close.
     ///
     /// # Errors

@@ -22,6 +22,11 @@ pub enum Request {
         send: String,
         timeout_ms: u64,
     },
+    HttpGet {
+        id: Id,
+        host: String,
+        timeout_ms: u64,
+    },
     UdpSocket {
         family: WireFamily,
         bind: Option<SocketAddr>,

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::burst::Burst;
 use super::echo;
 use super::protocol::{Datagram, Id, Reply, Request, Socket};
-use super::sockets::{Failed, Named as _, tcp_connect, tcp_exchange, udp_connect, udp_socket};
+use super::sockets::{Failed, Named as _, http_get, tcp_connect, tcp_exchange, udp_connect, udp_socket};
 
 /// Reads requests until the other side closes.
 pub fn serve() -> ExitCode {
@@ -82,6 +82,11 @@ fn perform(
             let stream = sockets.tcp.get_mut(&id).ok_or_else(|| no_such(id))?;
             let line = tcp_exchange(stream, &send, Duration::from_millis(timeout_ms))?;
             Ok(json!(line))
+        }
+        Request::HttpGet { id, host, timeout_ms } => {
+            let stream = sockets.tcp.get_mut(&id).ok_or_else(|| no_such(id))?;
+            let body = http_get(stream, &host, Duration::from_millis(timeout_ms))?;
+            Ok(json!(body))
         }
         Request::UdpSocket { family, bind } => {
             let socket = udp_socket(family, bind)?;

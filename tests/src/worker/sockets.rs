@@ -1,6 +1,6 @@
 //! A worker's sockets: the few system calls that the standard library does not offer.
 
-use std::io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Write as _};
+use std::io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -68,18 +68,37 @@ pub fn tcp_exchange(
     send: &str,
     timeout: Duration,
 ) -> Result<String, Failed> {
-    let socket = stream.get_mut();
-    socket
-        .set_read_timeout(Some(timeout))
-        .and_then(|()| socket.set_write_timeout(Some(timeout)))
-        .named("setsockopt")?;
-    socket.write_all(format!("{send}\n").as_bytes()).named("send")?;
-    let mut line = String::new();
-    if stream.read_line(&mut line).named("recv")? == 0 {
-        return Err(Failed { call: "recv", errno: Errno::EPIPE });
+    send_within(stream, &format!("{send}\n"), timeout)?;
+    receive_line(stream)
+}
+
+/// Asks for `/` on a connection that stays open, and reads the answer's body, within a time for each
+/// system call.
+pub fn http_get(
+    stream: &mut BufReader<TcpStream>,
+    host: &str,
+    timeout: Duration,
+) -> Result<String, Failed> {
+    let strange = Failed { call: "recv", errno: Errno::EPROTO };
+    send_within(stream, &format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"), timeout)?;
+    if !receive_line(stream)?.starts_with("HTTP/1.1 ") {
+        return Err(strange);
     }
-    line.truncate(line.trim_end().len());
-    Ok(line)
+    let mut length = None;
+    loop {
+        let line = receive_line(stream)?;
+        if line.is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().ok();
+        }
+    }
+    let mut body = vec![0; length.ok_or(strange)?];
+    stream.read_exact(&mut body).named("recv")?;
+    Ok(String::from_utf8_lossy(&body).into_owned())
 }
 
 /// A UDP socket. An IPv6 one is not limited to IPv6, as is the kernel's default.
@@ -202,6 +221,25 @@ impl PacketInfo {
             Self::V6(info) => SocketAddr::from((Ipv6Addr::from(info.ipi6_addr.s6_addr), port)),
         }
     }
+}
+
+fn send_within(stream: &mut BufReader<TcpStream>, text: &str, timeout: Duration) -> Result<(), Failed> {
+    let socket = stream.get_mut();
+    socket
+        .set_read_timeout(Some(timeout))
+        .and_then(|()| socket.set_write_timeout(Some(timeout)))
+        .named("setsockopt")?;
+    socket.write_all(text.as_bytes()).named("send")
+}
+
+/// A line without its end.
+fn receive_line(stream: &mut BufReader<TcpStream>) -> Result<String, Failed> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).named("recv")? == 0 {
+        return Err(Failed { call: "recv", errno: Errno::EPIPE });
+    }
+    line.truncate(line.trim_end().len());
+    Ok(line)
 }
 
 fn new_socket(v4: bool, kind: SockType) -> Result<OwnedFd, Failed> {

@@ -1,0 +1,136 @@
+//! From the command line to plain values: the model's configuration and the programs'.
+
+use std::{collections::BTreeSet, hash::BuildHasher as _, net::IpAddr};
+
+use anyhow::{Context as _, Result};
+use ipnet::IpNet;
+use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
+
+use crate::{
+    cli::{AgentArgs, NodeArgs, RuleArgs, Scope},
+    commands::UsageError,
+    model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
+};
+
+/// How long a UDP flow may idle: as conntrack's `nf_conntrack_udp_timeout_stream`.
+const UDP_TIMEOUT_SECONDS: u64 = 180;
+
+/// This node's name in EndpointSlices: as given, else the host name in lower case, as kube-proxy takes it.
+pub fn node_name(args: &NodeArgs) -> Result<String> {
+    if let Some(name) = &args.node_name {
+        return Ok(name.trim().to_lowercase());
+    }
+    let name = nix::unistd::gethostname().context("cannot tell the host name; give --node-name")?;
+    Ok(name.to_string_lossy().trim().to_lowercase())
+}
+
+/// The model's configuration.
+pub fn model(
+    node_name: &str,
+    node: &NodeArgs,
+    rules: &RuleArgs,
+    local_addresses: BTreeSet<Address>,
+) -> Result<NodeConfig> {
+    let RuleArgs {
+        disable_external_ips,
+        disable_loopback_nodeports: _,
+        pass_through_default,
+        pass_through_scope,
+        pass_through_annotation,
+    } = rules;
+    Ok(NodeConfig {
+        node_name: node_name.to_owned(),
+        node_addresses: node.node_address.iter().copied().map(Address::from).collect(),
+        cluster_cidrs: cidrs("--cluster-cidr", &node.cluster_cidr)?,
+        service_cidrs: cidrs("--service-cidr", &node.service_cidr)?,
+        nodeport_addresses: nodeport_addresses(&node.nodeport_addresses)?,
+        masquerade_all: false,
+        disable_external_ips: *disable_external_ips,
+        pass_through: PassThroughConfig {
+            default: *pass_through_default,
+            scope: match pass_through_scope {
+                Scope::All => PassThroughScope::All,
+                Scope::Pods => PassThroughScope::Pods,
+                Scope::Nodes => PassThroughScope::Nodes,
+            },
+            extra_annotations: pass_through_annotation.clone(),
+        },
+        local_addresses,
+    })
+}
+
+/// The programs' configuration, as far as it does not change while the agent runs. The hash's key is that of
+/// `before`, if there was one: flows that are being opened then stay where they are over a restart.
+pub fn programs(args: &AgentArgs, host_netns_cookie: u64, before: Option<&Config>) -> Result<Config> {
+    let mut cluster_cidrs = [Cidr::NONE; MAX_CIDRS];
+    for (place, cidr) in cluster_cidrs.iter_mut().zip(cidrs("--cluster-cidr", &args.node.cluster_cidr)?) {
+        *place = cidr;
+    }
+    let hash_seed = before.map(|config| config.hash_seed).filter(|seed| *seed != [0, 0]).unwrap_or_else(random);
+    Ok(Config {
+        host_netns_cookie,
+        udp_timeout: UDP_TIMEOUT_SECONDS * 1_000_000_000,
+        hash_seed,
+        loopback_node_ports: u32::from(!args.rules.disable_loopback_nodeports),
+        remember_peer: 1,
+        service_cidrs: before.map_or([Cidr::NONE; MAX_CIDRS], |config| config.service_cidrs),
+        cluster_cidrs,
+    })
+}
+
+/// A prefix in the form of the maps.
+pub fn cidr(net: &IpNet) -> Cidr {
+    let length = u32::from(net.prefix_len()) + if net.addr().is_ipv4() { 96 } else { 0 };
+    Cidr::new(Address::from(net.network()), length)
+}
+
+fn cidrs(flag: &str, nets: &[IpNet]) -> Result<Vec<Cidr>> {
+    if nets.len() > MAX_CIDRS {
+        return Err(UsageError(format!("{flag} takes at most {MAX_CIDRS} prefixes, not {}", nets.len())).into());
+    }
+    Ok(nets.iter().map(cidr).collect())
+}
+
+fn nodeport_addresses(given: &[String]) -> Result<NodePortAddresses> {
+    if given == ["primary"] {
+        return Ok(NodePortAddresses::Primary);
+    }
+    let parse = |text: &String| {
+        let parsed = text.parse::<IpNet>().or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error));
+        parsed.map(|net| cidr(&net)).map_err(|_| {
+            UsageError(format!("--nodeport-addresses takes `primary` alone, or CIDRs as 192.0.2.0/24; not {text:?}"))
+        })
+    };
+    Ok(NodePortAddresses::Cidrs(given.iter().map(parse).collect::<Result<_, _>>()?))
+}
+
+/// Two words that a stranger cannot guess: the standard library keys its hashes with the system's randomness.
+fn random() -> [u32; 2] {
+    let word = std::hash::RandomState::new().hash_one(0_u8);
+    [word as u32 | 1, (word >> 32) as u32]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_count_in_the_mapped_form() {
+        let net: IpNet = "10.96.3.4/12".parse().unwrap();
+        let cidr = cidr(&net);
+        assert_eq!((cidr.prefix_length(), IpAddr::from(cidr.address())), (108, "10.96.0.0".parse().unwrap()));
+    }
+
+    #[test]
+    fn node_port_addresses_are_primary_or_prefixes() {
+        assert_eq!(nodeport_addresses(&["primary".into()]).unwrap(), NodePortAddresses::Primary);
+        let NodePortAddresses::Cidrs(given) =
+            nodeport_addresses(&["192.0.2.0/24".into(), "2001:db8::1".into()]).unwrap()
+        else {
+            panic!("prefixes were given");
+        };
+        assert_eq!(given.iter().map(Cidr::prefix_length).collect::<Vec<_>>(), [120, 128]);
+        let error = nodeport_addresses(&["primary".into(), "10.0.0.0/8".into()]).unwrap_err();
+        assert!(error.is::<UsageError>(), "{error}");
+    }
+}
