@@ -79,6 +79,31 @@ pub fn local_addresses(devices: &Devices) -> BTreeSet<IpAddr> {
     devices.values().flat_map(|device| device.addresses.iter().copied()).collect()
 }
 
+/// The addresses that clients are masked with on each interface: the first of each family that others can answer
+/// to. An interface without one of a family borrows the first of another interface, as routing would.
+pub fn mask_addresses(devices: &Devices) -> BTreeMap<u32, (Option<IpAddr>, Option<IpAddr>)> {
+    let usable = |device: &Device, v4: bool| {
+        device.addresses.iter().copied().find(|address| address.is_ipv4() == v4 && is_reachable(*address))
+    };
+    let any = |v4: bool| {
+        devices.values().filter(|device| !device.is_loopback).find_map(|device| usable(device, v4))
+    };
+    let (any_v4, any_v6) = (any(true), any(false));
+    devices
+        .iter()
+        .filter(|(_, device)| !device.is_loopback)
+        .map(|(index, device)| (*index, (usable(device, true).or(any_v4), usable(device, false).or(any_v6))))
+        .collect()
+}
+
+/// Neither loopback nor link-local.
+fn is_reachable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    }
+}
+
 /// Sends all interfaces now and after every change, until the receiver is gone.
 pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];

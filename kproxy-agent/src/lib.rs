@@ -2,11 +2,15 @@
 //!
 //! Data flows one way: [`source`] → [`model`] → [`plan`] → [`maps`] → the programs.
 
+pub mod agent;
+pub mod cli;
+pub mod commands;
 pub mod devices;
 pub mod maps;
 pub mod model;
 pub mod node;
 pub mod plan;
 pub mod programs;
+pub mod servers;
 pub mod source;
 pub mod wanted;

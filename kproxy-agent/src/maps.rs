@@ -16,6 +16,11 @@ pub use self::{
 };
 use crate::plan::Word;
 
+/// Returns when no program holds anything that it read before the call (an RCU grace period).
+pub fn grace_period() -> std::io::Result<()> {
+    kernel::Grace::default().wait(&mut 0)
+}
+
 /// A write that was not made.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("map {map}: {what}")]
@@ -56,6 +61,6 @@ pub trait MapWriter {
     fn delete_source_ranges(&mut self, keys: &[SourceRangeKey]) -> Vec<Result<(), WriteError>>;
     /// Returns when no program holds anything that it read before the call.
     fn grace(&mut self) -> Result<(), WriteError>;
-    /// How many system calls were made so far.
+    /// How many times bpf(2) was called so far.
     fn calls(&self) -> u64;
 }

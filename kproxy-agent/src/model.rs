@@ -133,6 +133,11 @@ impl Model {
         update
     }
 
+    /// The node's own addresses: as given, else the Node object's.
+    pub fn node_addresses(&self) -> &[Address] {
+        &self.node_addresses
+    }
+
     /// All problems there were at the last update, by object.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.reported.values().flatten()
@@ -322,7 +327,8 @@ impl Problems {
     fn take_changes(&mut self) -> (Vec<Problem>, Vec<Problem>) {
         let (mut new, mut gone) = (Vec::new(), Vec::new());
         for object in std::mem::take(&mut self.touched) {
-            let stages = [Stage::Parsed, Stage::Computed].map(|stage| self.current.get(&(object.clone(), stage)));
+            let stages =
+                [Stage::Parsed, Stage::Computed].map(|stage| self.current.get(&(object.clone(), stage)));
             let now: BTreeSet<Problem> = stages.into_iter().flatten().flatten().cloned().collect();
             let before = self.reported.remove(&object).unwrap_or_default();
             new.extend(now.difference(&before).cloned());

@@ -162,7 +162,7 @@ pub struct Info {
     /// Where.
     pub number: u32,
     /// What.
-    pub info: Box<ServiceInfo>,
+    pub info: Arc<ServiceInfo>,
     /// Whose number it is from then on.
     pub port: Arc<Port>,
 }

@@ -78,11 +78,7 @@ fn check_orders(case: &Case, follower: &Follower) -> Result<()> {
         for event in &going {
             other.take(std::slice::from_ref(event))?;
         }
-        ensure!(
-            other.print() == empty,
-            "after all is gone, there is left\n{}",
-            other.print()
-        );
+        ensure!(other.print() == empty, "after all is gone, there is left\n{}", other.print());
     }
     Ok(())
 }

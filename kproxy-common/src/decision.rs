@@ -5,14 +5,14 @@
 //! The rules are kube-proxy's (`pkg/proxy` of Kubernetes), read for one connection.
 
 use crate::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
-    Protocol, Reason, ServiceIdentity, Side,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, FrontendKey,
+    Location, Mode, Options, Protocol, Reason, ServiceIdentity, Side,
 };
 
 /// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
 /// endpoints is balanced anew after a change of the Service; the bound keeps the loop verifiable on kernels
 /// without bpf_loop.
-pub const AFFINITY_SCAN_LIMIT: u32 = 512;
+pub const AFFINITY_SCAN_LIMIT: u32 = 256;
 
 /// What the decision reads, and the affinity that it writes.
 pub trait Tables {
@@ -131,6 +131,13 @@ pub struct Choice {
     pub slot: u32,
 }
 
+impl Choice {
+    const EMPTY: Self = Self {
+        backend: Backend::new(Address::UNSPECIFIED, 0, Location::Remote, BackendState::Ready, 0, 0),
+        slot: 0,
+    };
+}
+
 /// Finds the frontend that `connection` asks for, and what it does for this client.
 #[inline(always)]
 pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
@@ -179,7 +186,8 @@ pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
 #[inline(always)]
 pub fn choose<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
     if balance.side.has(Options::AFFINITY) {
-        return choose_with_affinity(tables, balance, client, pick);
+        let mut choice = Choice::EMPTY;
+        return choose_with_affinity(tables, balance, client, pick, &mut choice).then_some(choice);
     }
     spread(tables, balance, pick)
 }
@@ -261,53 +269,72 @@ fn spread<T: Tables>(tables: &T, balance: &Balance, pick: u32) -> Option<Choice>
     Some(Choice { backend: tables.backend(slot)?, slot })
 }
 
-#[inline(always)]
-fn choose_with_affinity<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
-    let identity = tables.identity(balance.number)?;
+/// Writes the choice into `choice`; whether there is one. A function of its own, so that its stack is not needed
+/// at the same time as its callers'; and no type with data in its signature but structures, since BTF knows no
+/// others.
+#[inline(never)]
+fn choose_with_affinity<T: Tables>(
+    tables: &T,
+    balance: &Balance,
+    client: &Client,
+    pick: u32,
+    choice: &mut Choice,
+) -> bool {
+    let Some(identity) = tables.identity(balance.number) else {
+        return false;
+    };
     let service = identity.service();
     let key = affinity_key(client, service);
     let now = tables.now();
     let mut keep = false;
-    if let Some(last) = tables.affinity(&key)
-        && last.service == service
-        && now.saturating_sub(last.last_used) <= u64::from(identity.affinity_timeout()) * 1_000_000_000
+    // One value for what was read and what is written: two do not fit beside a caller's stack.
+    let mut value = AffinityValue { address: client.address, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
+    if let Some(last) = tables.affinity(&key) {
+        value = last;
+    }
+    let timeout = u64::from(identity.affinity_timeout()) * 1_000_000_000;
+    if value.service == service
+        && now.saturating_sub(value.last_used) <= timeout
+        && let Some(block) = tables.block(balance.number)
     {
-        let block = tables.block(balance.number)?;
         let wanted = Wanted {
-            address: last.address,
-            port: last.port as u16,
+            address: value.address,
+            port: value.port as u16,
             service,
-            hint: last.slot,
+            hint: value.slot,
             first: block.first_slot(),
             count: block.in_sets(),
         };
         if let Some(slot) = tables.locate(&wanted)
             && let Some(backend) = tables.backend(slot)
-            && backend.joined() == last.joined
+            && backend.joined() == value.joined
         {
             let in_force = slot.wrapping_sub(balance.side.first_slot()) < u32::from(balance.side.count());
             if in_force {
-                tables.remember(&key, &AffinityValue { slot, last_used: now, ..last });
-                return Some(Choice { backend, slot });
+                value.slot = slot;
+                value.last_used = now;
+                tables.remember(&key, &value);
+                *choice = Choice { backend, slot };
+                return true;
             }
             // Only in the set of the other side: passed over, not forgotten.
             keep = true;
         }
     }
-    let choice = spread(tables, balance, pick)?;
+    let Some(spread) = spread(tables, balance, pick) else {
+        return false;
+    };
+    *choice = spread;
     if !keep {
-        let backend = &choice.backend;
-        let value = AffinityValue {
-            address: backend.address(),
-            port: u32::from(backend.port()),
-            joined: backend.joined(),
-            service,
-            slot: choice.slot,
-            last_used: now,
-        };
+        value.address = choice.backend.address();
+        value.port = u32::from(choice.backend.port());
+        value.joined = choice.backend.joined();
+        value.service = service;
+        value.slot = choice.slot;
+        value.last_used = now;
         tables.remember(&key, &value);
     }
-    Some(choice)
+    true
 }
 
 #[inline(always)]

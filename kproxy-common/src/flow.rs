@@ -1,30 +1,78 @@
-//! Flows of the packet path: what a packet of a known flow is translated to, in each direction.
+//! Flows of the packet path: what a packet of a known flow is translated to, at each hook that it meets.
+//!
+//! Ingress hooks write destinations, egress hooks write sources. A flow from client C to frontend F, sent to
+//! backend B, has two entries; if the client is masked with M, four:
+//!
+//! | role | hook | packet as it arrives | what is written |
+//! |---|---|---|---|
+//! | request | ingress, facing the client | C → F | destination B |
+//! | forwarded | egress, facing the backend | C → B | source M |
+//! | return | ingress, facing the backend | B → M | destination C |
+//! | reply | egress, facing the client | B → C | source F |
 
-use crate::{Address, Protocol};
+use crate::{Address, InvalidLayout, Protocol};
 
-/// Which way a packet goes.
-#[repr(u8)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Direction {
-    /// From the client to the frontend.
-    Request = 1,
-    /// From the backend to the client.
-    Reply = 2,
+macro_rules! flow_enum {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $number:literal,)* }) => {
+        $(#[$doc])*
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        pub enum $name {
+            $($(#[$variant_doc])* $variant = $number,)*
+        }
+
+        impl TryFrom<u8> for $name {
+            type Error = InvalidLayout;
+
+            fn try_from(value: u8) -> Result<Self, InvalidLayout> {
+                match value {
+                    $($number => Ok(Self::$variant),)*
+                    value => Err(InvalidLayout { what: stringify!($name), value }),
+                }
+            }
+        }
+    };
 }
 
-impl TryFrom<u8> for Direction {
-    type Error = crate::InvalidLayout;
-
-    fn try_from(value: u8) -> Result<Self, Self::Error> {
-        match value {
-            1 => Ok(Self::Request),
-            2 => Ok(Self::Reply),
-            value => Err(crate::InvalidLayout { what: "Direction", value }),
-        }
+flow_enum! {
+    /// Where a packet is seen.
+    Hook {
+        /// Coming in, before routing.
+        Ingress = 1,
+        /// Going out, after routing.
+        Egress = 2,
     }
 }
 
-/// Key of `flow` and `flow_transient`: the packet as it arrives, before it is translated.
+flow_enum! {
+    /// What an entry is for; see the module's table.
+    Role {
+        /// From the client, to the frontend.
+        Request = 1,
+        /// From the client, to the backend, to be masked.
+        Forwarded = 2,
+        /// From the backend, to the mask.
+        Return = 3,
+        /// From the backend, to the client.
+        Reply = 4,
+    }
+}
+
+flow_enum! {
+    /// How far a flow has come.
+    FlowState {
+        /// The peer has not answered yet.
+        Opening = 1,
+        /// Packets went both ways.
+        Established = 2,
+        /// This direction has sent its TCP FIN.
+        Finished = 3,
+        /// Both directions have, or one has sent RST.
+        Closed = 4,
+    }
+}
+
+/// Key of `flow` and `flow_transient`: the packet as it arrives at a hook.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FlowKey {
@@ -38,88 +86,209 @@ pub struct FlowKey {
     pub destination_port: u16,
     /// Transport protocol.
     pub protocol: Protocol,
-    /// Which way the packet goes.
-    pub direction: Direction,
+    /// Where it is seen.
+    pub hook: Hook,
     /// Zero.
     pub _pad: u16,
-}
-
-/// How far a flow has come.
-#[repr(u8)]
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum FlowState {
-    /// The peer has not answered yet.
-    Opening = 1,
-    /// Packets went both ways.
-    Established = 2,
-    /// This direction has sent its TCP FIN.
-    Finished = 3,
-    /// Both directions have, or one has sent RST.
-    Closed = 4,
 }
 
 /// Value of `flow` and `flow_transient`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flow {
-    /// What to write: for requests the backend as destination, for replies the frontend as source.
+    /// What to write: at ingress as destination, at egress as source.
     pub address: Address,
+    /// Of requests and replies: the mask, unspecified if the client's address is kept. Of the other two: the
+    /// frontend.
+    pub companion: Address,
     /// The port to write, host order.
     pub port: u16,
+    /// The companion's port, host order.
+    pub companion_port: u16,
     /// How far the flow has come, in this direction.
     pub state: FlowState,
+    /// What this entry is for.
+    pub role: Role,
     /// Zero.
-    pub _pad: u8,
+    pub _pad: u16,
     /// The frontend's number when the flow began.
     pub number: u32,
     /// [`ServiceIdentity::service`](crate::ServiceIdentity::service) of the backend.
     pub service: u32,
     /// Where the backend stood when the flow began.
     pub slot: u32,
+    /// Zero.
+    pub _pad2: u32,
     /// The last packet of this direction, in nanoseconds since boot; written about once a second.
     pub last_seen: u64,
 }
 
-impl Flow {
-    /// The key under which the other direction of this flow stands.
-    #[inline(always)]
-    pub fn other_key(&self, key: &FlowKey) -> FlowKey {
-        match key.direction {
-            // client -> frontend becomes backend -> client.
-            Direction::Request => FlowKey {
-                source: self.address,
-                destination: key.source,
-                source_port: self.port,
-                destination_port: key.source_port,
-                direction: Direction::Reply,
-                ..*key
-            },
-            // backend -> client becomes client -> frontend.
-            Direction::Reply => FlowKey {
-                source: key.destination,
-                destination: self.address,
-                source_port: key.destination_port,
-                destination_port: self.port,
-                direction: Direction::Request,
-                ..*key
-            },
+/// A whole flow, from which each of its entries can be made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conversation {
+    /// Who asked.
+    pub client: Address,
+    /// What it asked.
+    pub frontend: Address,
+    /// Who answers.
+    pub backend: Address,
+    /// Behind what the client is hidden; unspecified if it is not, or if the mask is still to be chosen.
+    pub mask: Address,
+    /// The client's port, host order.
+    pub client_port: u16,
+    /// The frontend's port, host order.
+    pub frontend_port: u16,
+    /// The backend's port, host order.
+    pub backend_port: u16,
+    /// The mask's port, host order; 0 while it is still to be chosen.
+    pub mask_port: u16,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// How far it has come.
+    pub state: FlowState,
+    /// See [`Flow::number`].
+    pub number: u32,
+    /// See [`Flow::service`].
+    pub service: u32,
+    /// See [`Flow::slot`].
+    pub slot: u32,
+    /// See [`Flow::last_seen`].
+    pub last_seen: u64,
+}
+
+impl Conversation {
+    /// A flow to be written over.
+    pub const EMPTY: Self = Self {
+        client: Address::UNSPECIFIED,
+        frontend: Address::UNSPECIFIED,
+        backend: Address::UNSPECIFIED,
+        mask: Address::UNSPECIFIED,
+        client_port: 0,
+        frontend_port: 0,
+        backend_port: 0,
+        mask_port: 0,
+        protocol: Protocol::Tcp,
+        state: FlowState::Opening,
+        number: 0,
+        service: 0,
+        slot: 0,
+        last_seen: 0,
+    };
+
+    /// Reads the flow that an entry is part of. A function of its own that writes in place, as
+    /// [`write_entry`](Self::write_entry).
+    #[inline(never)]
+    pub fn read_entry(&mut self, key: &FlowKey, flow: &Flow) {
+        match flow.role {
+            Role::Request => {
+                (self.client, self.client_port) = (key.source, key.source_port);
+                (self.frontend, self.frontend_port) = (key.destination, key.destination_port);
+                (self.backend, self.backend_port) = (flow.address, flow.port);
+                (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
+            }
+            Role::Forwarded => {
+                (self.client, self.client_port) = (key.source, key.source_port);
+                (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
+                (self.backend, self.backend_port) = (key.destination, key.destination_port);
+                (self.mask, self.mask_port) = (flow.address, flow.port);
+            }
+            Role::Return => {
+                (self.client, self.client_port) = (flow.address, flow.port);
+                (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
+                (self.backend, self.backend_port) = (key.source, key.source_port);
+                (self.mask, self.mask_port) = (key.destination, key.destination_port);
+            }
+            Role::Reply => {
+                (self.client, self.client_port) = (key.destination, key.destination_port);
+                (self.frontend, self.frontend_port) = (flow.address, flow.port);
+                (self.backend, self.backend_port) = (key.source, key.source_port);
+                (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
+            }
         }
+        self.protocol = key.protocol;
+        self.state = flow.state;
+        self.number = flow.number;
+        self.service = flow.service;
+        self.slot = flow.slot;
+        self.last_seen = flow.last_seen;
     }
 
-    /// The value of the other direction of this flow.
+    /// Whether the client is hidden, now or as soon as a mask was chosen.
     #[inline(always)]
-    pub fn other(&self, key: &FlowKey) -> Self {
-        let (address, port) = match key.direction {
-            Direction::Request => (key.destination, key.destination_port),
-            Direction::Reply => (key.source, key.source_port),
-        };
-        Self { address, port, ..*self }
+    pub fn is_masked(&self) -> bool {
+        self.mask_port != 0
     }
+
+    /// Writes the entry with this role. A function of its own that writes in place: a dozen entries put
+    /// together on the stack are more than a program's stack holds.
+    #[inline(never)]
+    pub fn write_entry(&self, role: Role, key: &mut FlowKey, flow: &mut Flow) {
+        let client = (self.client, self.client_port);
+        let frontend = (self.frontend, self.frontend_port);
+        let backend = (self.backend, self.backend_port);
+        let mask = (self.mask, self.mask_port);
+        let (hook, source, destination, written, companion) = match role {
+            Role::Request => (Hook::Ingress, client, frontend, backend, mask),
+            Role::Forwarded => (Hook::Egress, client, backend, mask, frontend),
+            Role::Return => (Hook::Ingress, backend, mask, client, frontend),
+            Role::Reply => (Hook::Egress, backend, client, frontend, mask),
+        };
+        key.source = source.0;
+        key.destination = destination.0;
+        key.source_port = source.1;
+        key.destination_port = destination.1;
+        key.protocol = self.protocol;
+        key.hook = hook;
+        key._pad = 0;
+        flow.address = written.0;
+        flow.companion = companion.0;
+        flow.port = written.1;
+        flow.companion_port = companion.1;
+        flow.state = self.state;
+        flow.role = role;
+        flow._pad = 0;
+        flow.number = self.number;
+        flow.service = self.service;
+        flow.slot = self.slot;
+        flow._pad2 = 0;
+        flow.last_seen = self.last_seen;
+    }
+}
+
+impl FlowKey {
+    /// A key to be written over.
+    pub const EMPTY: Self = Self {
+        source: Address::UNSPECIFIED,
+        destination: Address::UNSPECIFIED,
+        source_port: 0,
+        destination_port: 0,
+        protocol: Protocol::Tcp,
+        hook: Hook::Ingress,
+        _pad: 0,
+    };
+}
+
+impl Flow {
+    /// A value to be written over.
+    pub const EMPTY: Self = Self {
+        address: Address::UNSPECIFIED,
+        companion: Address::UNSPECIFIED,
+        port: 0,
+        companion_port: 0,
+        state: FlowState::Opening,
+        role: Role::Request,
+        _pad: 0,
+        number: 0,
+        service: 0,
+        slot: 0,
+        _pad2: 0,
+        last_seen: 0,
+    };
 }
 
 const _: () = {
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 40);
+    assert!(size_of::<Flow>() == 64);
 };
 
 #[cfg(test)]
@@ -127,29 +296,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_other_way_and_back_is_the_same() {
-        let key = FlowKey {
-            source: Address::from_v4_word(1),
-            destination: Address::from_v4_word(2),
-            source_port: 40_000,
-            destination_port: 80,
+    fn every_entry_leads_back_to_the_whole() {
+        let whole = Conversation {
+            client: Address::from_v4_word(1),
+            frontend: Address::from_v4_word(2),
+            backend: Address::from_v4_word(3),
+            mask: Address::from_v4_word(4),
+            client_port: 40_000,
+            frontend_port: 80,
+            backend_port: 8_080,
+            mask_port: 61_000,
             protocol: Protocol::Tcp,
-            direction: Direction::Request,
-            _pad: 0,
-        };
-        let flow = Flow {
-            address: Address::from_v4_word(3),
-            port: 8_080,
             state: FlowState::Opening,
-            _pad: 0,
             number: 7,
             service: 5,
             slot: 9,
             last_seen: 1,
         };
-        let (reply_key, reply) = (flow.other_key(&key), flow.other(&key));
-        assert_eq!((reply_key.source, reply_key.destination), (flow.address, key.source));
-        assert_eq!((reply.address, reply.port), (key.destination, 80));
-        assert_eq!((reply.other_key(&reply_key), reply.other(&reply_key)), (key, flow));
+        for role in [Role::Request, Role::Forwarded, Role::Return, Role::Reply] {
+            let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+            whole.write_entry(role, &mut key, &mut flow);
+            let mut read = Conversation::EMPTY;
+            read.read_entry(&key, &flow);
+            assert_eq!(read, whole, "{role:?}");
+        }
     }
 }

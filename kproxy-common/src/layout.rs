@@ -50,6 +50,9 @@ pub mod map_names {
     pub const REASON: &str = "reason";
     /// Memory-mapped array with one element, [`Config`](super::Config). Written by the agent.
     pub const CONFIG: &str = "config";
+    /// Hash, interface index (u32) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent. A
+    /// miss: clients are not masked there, their packets are dropped.
+    pub const DEVICE: &str = "device";
     /// Array with one element, [`Owner`](super::Owner): who wrote these maps, in which layout.
     pub const OWNER: &str = "owner";
 }
@@ -731,10 +734,25 @@ pub struct Config {
     pub loopback_node_ports: u32,
     /// 1: TCP sockets remember the service address, so that getpeername() tells it.
     pub remember_peer: u32,
+    /// The first of the ports that clients are masked with.
+    pub mask_ports_first: u32,
+    /// How many these are.
+    pub mask_ports_count: u32,
     /// ServiceCIDRs: unallocated addresses inside are dropped.
     pub service_cidrs: [Cidr; MAX_CIDRS],
     /// `--cluster-cidr`: sources that count as inside.
     pub cluster_cidrs: [Cidr; MAX_CIDRS],
+}
+
+/// Value of `device`: the addresses that clients are masked with on an interface; unspecified where it has none
+/// of a family.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeviceAddresses {
+    /// The IPv4 address.
+    pub v4: Address,
+    /// The IPv6 address.
+    pub v6: Address,
 }
 
 /// Value of `owner`: who wrote these maps. What it says of a dead agent stays until the next one.
@@ -781,7 +799,8 @@ const _: () = {
     assert!(size_of::<AffinityValue>() == 40);
     assert!(size_of::<Counters>() == 16);
     assert!(size_of::<ServiceInfo>() == 224);
-    assert!(size_of::<Config>() == 32 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<Config>() == 40 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<DeviceAddresses>() == 32);
     assert!(size_of::<Owner>() == 96);
 };
 
@@ -791,7 +810,8 @@ mod tests {
 
     #[test]
     fn words_hold_what_the_structures_hold() {
-        let side = Side::new(0x0102_0304, 0x0506, Mode::PassThroughPods, Options::AFFINITY | Options::SOURCE_RANGES);
+        let side =
+            Side::new(0x0102_0304, 0x0506, Mode::PassThroughPods, Options::AFFINITY | Options::SOURCE_RANGES);
         assert_eq!(Side::from_word(side.to_word()), Ok(side));
         // SAFETY: both are eight bytes without padding.
         let raw = unsafe { core::mem::transmute::<Side, u64>(side) };

@@ -16,17 +16,17 @@ mod socket;
 
 pub use address::{Address, Cidr};
 pub use decision::{
-    AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose, resolve,
-    search, still_serves,
+    AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,
+    resolve, search, still_serves,
 };
-pub use flow::{Direction, Flow, FlowKey, FlowState};
+pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
-    FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, Options,
-    Owner, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey,
-    TrafficPolicy, map_names,
+    DeviceAddresses, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode,
+    NAME_LENGTH, Options, Owner, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side,
+    SourceRangeKey, TrafficPolicy, map_names,
 };
-pub use packet::{FlowTables, PacketMeta, PacketVerdict, TcpFlags, on_egress, on_ingress};
+pub use packet::{FlowTables, Hit, PacketMeta, PacketVerdict, TcpFlags, on_egress, on_ingress};
 pub use reason::Reason;
 pub use socket::{
     SOCKET_RECORDS, SocketRecord, SocketRecords, SocketVerdict, original_address, socket_connection,

@@ -1,32 +1,81 @@
-//! What the packet hooks do: translate the destination where the client's packet comes in, and the source
-//! back where the answer goes out to the client.
+//! What the packet hooks do. Ingress hooks write destinations, before routing; egress hooks write sources,
+//! after it. In between the host sees ordinary packets between the client (or its mask) and the pod.
 
 use crate::{
-    Address, Choice, Client, ClientKind, Connection, Direction, Flow, FlowKey, FlowState, Options, Protocol,
-    Reason, Resolution, Tables, choose, resolve,
+    Address, Backend, Choice, Client, ClientKind, Connection, Conversation, Flow, FlowKey, FlowState, Hook,
+    Options, Protocol, Reason, Resolution, Role, Tables, choose, resolve,
 };
 
 /// How often a flow's last packet is noted: a store a second instead of one a packet.
 const NOTE_EVERY: u64 = 1_000_000_000;
 
+/// How many ports are tried for a mask before the packet is dropped. The next packet of the same flow begins
+/// where its hash says again, but finds other ports taken and freed.
+const MASK_TRIES: u32 = 16;
+
 /// The tables of flows, beside the tables of Services.
 pub trait FlowTables: Tables {
-    /// A flow whose peer has answered.
-    fn flow(&self, key: &FlowKey) -> Option<Flow>;
-    /// A flow that is being opened or closed.
-    fn transient(&self, key: &FlowKey) -> Option<Flow>;
-    /// Adds or replaces an established flow.
-    fn insert_flow(&self, key: &FlowKey, flow: &Flow);
-    /// Adds or replaces a flow that is being opened or closed.
-    fn insert_transient(&self, key: &FlowKey, flow: &Flow);
-    /// Removes an established flow.
-    fn remove_flow(&self, key: &FlowKey);
-    /// Removes a flow that is being opened or closed.
-    fn remove_transient(&self, key: &FlowKey);
+    /// The entry of a flow whose peer has answered, for this packet at this hook.
+    fn flow(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit>;
+    /// The entry of a flow that is being opened or closed.
+    fn transient(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit>;
+    /// Runs `act` on the whole of the flow that this packet belongs to, if its peer has answered.
+    fn with_flow<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R>;
+    /// Runs `act` on the whole of the flow that this packet belongs to, if it is being opened or closed.
+    fn with_transient<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R>;
+    /// Runs `act` on a new flow, whose contents are not yet of any meaning.
+    fn with_new(&self, act: impl FnOnce(&mut Conversation));
+    /// Adds or replaces one entry of an established flow.
+    fn put_flow(&self, whole: &Conversation, role: Role);
+    /// Adds or replaces one entry of a flow that is being opened or closed.
+    fn put_transient(&self, whole: &Conversation, role: Role);
+    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did.
+    fn put_new(&self, whole: &Conversation, role: Role) -> bool;
+    /// Removes one entry of an established flow.
+    fn remove_flow(&self, whole: &Conversation, role: Role);
+    /// Removes one entry of a flow that is being opened or closed.
+    fn remove_transient(&self, whole: &Conversation, role: Role);
+    /// How far the other direction of an established flow has come: of this role's entry.
+    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState>;
     /// Notes, in place, when an established flow was last used and how far it has come.
-    fn note(&self, key: &FlowKey, state: FlowState, last_seen: u64);
+    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64);
+    /// The address, of the family of `like`, that clients are masked with on the interface `device`.
+    fn mask_address(&self, device: u32, like: &Address) -> Option<Address>;
     /// Counts a new flow to a backend (`true`) or one that is left to the load balancer, for this frontend.
     fn count(&self, number: u32, forwarded: bool);
+}
+
+/// What an entry of a flow tells about a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hit {
+    /// See [`Flow::address`].
+    pub address: Address,
+    /// See [`Flow::last_seen`].
+    pub last_seen: u64,
+    /// See [`Flow::port`].
+    pub port: u16,
+    /// See [`Flow::state`].
+    pub state: FlowState,
+    /// See [`Flow::role`].
+    pub role: Role,
+}
+
+impl From<&Flow> for Hit {
+    #[inline(always)]
+    fn from(flow: &Flow) -> Self {
+        let Flow { address, last_seen, port, state, role, .. } = *flow;
+        Self { address, last_seen, port, state, role }
+    }
 }
 
 /// TCP's flags, as far as flows need them; none set for other protocols.
@@ -78,49 +127,53 @@ pub enum PacketVerdict {
     /// Is dropped.
     Drop { reason: Reason },
     /// Goes on to this destination.
-    ToBackend { address: Address, port: u16 },
+    SetDestination { address: Address, port: u16 },
     /// Goes on as coming from this source.
-    FromFrontend { address: Address, port: u16 },
+    SetSource { address: Address, port: u16 },
 }
 
-/// A packet that comes in by an interface behind which `client` kinds live.
+/// A packet that comes in by an interface behind which clients of this kind live.
 ///
-/// A flow keeps its backend while it lives. Only a TCP SYN, an SCTP INIT or a datagram opens one: other TCP
-/// without a flow passes, so that taking over from another proxy cuts nothing.
+/// A flow keeps its backend while it lives. Only a TCP SYN or a datagram opens one: other TCP without a flow
+/// passes, so that taking over from another proxy cuts nothing.
 #[inline(always)]
 pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> PacketVerdict {
-    let key = packet.key(Direction::Request);
-    if let Some(flow) = tables.flow(&key) {
+    if let Some(flow) = tables.flow(packet, Hook::Ingress) {
         // A SYN on an established flow is a new connection from a port that the client uses again.
-        if !packet.tcp.opens() || matches!(flow.state, FlowState::Opening) {
-            advance(tables, packet, &key, &flow);
-            return PacketVerdict::ToBackend { address: flow.address, port: flow.port };
+        if !packet.tcp.opens() {
+            advance(tables, packet, Hook::Ingress, &flow);
+            return PacketVerdict::SetDestination { address: flow.address, port: flow.port };
         }
-        tables.remove_flow(&key);
-        tables.remove_flow(&flow.other_key(&key));
-    } else if let Some(flow) = tables.transient(&key)
+        retire(tables, packet, Hook::Ingress);
+    } else if let Some(flow) = tables.transient(packet, Hook::Ingress)
         && (!packet.tcp.opens() || matches!(flow.state, FlowState::Opening))
     {
-        return PacketVerdict::ToBackend { address: flow.address, port: flow.port };
+        return PacketVerdict::SetDestination { address: flow.address, port: flow.port };
     }
     if matches!(packet.protocol, Protocol::Tcp) && !packet.tcp.opens() {
         return PacketVerdict::Pass { reason: Reason::NoFlow };
     }
-    open(tables, packet, &key, client)
+    open(tables, packet, client)
 }
 
-/// A packet that goes out by any interface: perhaps the answer of a backend to a client there, perhaps
-/// something of this host that should have been translated before it got here.
+/// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
+/// answer of a backend, perhaps something of this host that should have been translated before it got here.
 #[inline(always)]
-pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
-    let key = packet.key(Direction::Reply);
-    if let Some(flow) = tables.flow(&key) {
-        advance(tables, packet, &key, &flow);
-        return PacketVerdict::FromFrontend { address: flow.address, port: flow.port };
+pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
+    if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        advance(tables, packet, Hook::Egress, &flow);
+        return PacketVerdict::SetSource { address: flow.address, port: flow.port };
     }
-    if let Some(flow) = tables.transient(&key) {
-        establish(tables, packet, &key, &flow);
-        return PacketVerdict::FromFrontend { address: flow.address, port: flow.port };
+    if let Some(mut flow) = tables.transient(packet, Hook::Egress) {
+        if matches!(flow.role, Role::Reply) {
+            establish(tables, packet);
+        } else if flow.port == 0 {
+            let reason = mask(tables, packet, device, &mut flow);
+            if !matches!(reason, Reason::Forwarded) {
+                return PacketVerdict::Drop { reason };
+            }
+        }
+        return PacketVerdict::SetSource { address: flow.address, port: flow.port };
     }
     if matches!(packet.protocol, Protocol::Tcp) && !packet.tcp.opens() {
         return PacketVerdict::Pass { reason: Reason::NoFlow };
@@ -132,26 +185,29 @@ pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdic
         Resolution::Reject { reason: Reason::UndefinedPort, .. } => {
             PacketVerdict::Drop { reason: Reason::Unserved }
         }
-        Resolution::Balance(_) | Resolution::Reject { .. } if in_service_cidr(tables, &packet.destination) => {
+        Resolution::Balance(_) | Resolution::Reject { .. }
+            if in_service_cidr(tables, &packet.destination) =>
+        {
             PacketVerdict::Drop { reason: Reason::Unserved }
         }
-        Resolution::Balance(_) | Resolution::Reject { .. } => PacketVerdict::Pass { reason: Reason::Unserved },
+        Resolution::Balance(_) | Resolution::Reject { .. } => {
+            PacketVerdict::Pass { reason: Reason::Unserved }
+        }
         Resolution::Pass { reason, .. } => PacketVerdict::Pass { reason },
     }
 }
 
 impl PacketMeta {
+    /// Writes the key under which this packet's entry stands at `hook`.
     #[inline(always)]
-    fn key(&self, direction: Direction) -> FlowKey {
-        FlowKey {
-            source: self.source,
-            destination: self.destination,
-            source_port: self.source_port,
-            destination_port: self.destination_port,
-            protocol: self.protocol,
-            direction,
-            _pad: 0,
-        }
+    pub fn write_key(&self, hook: Hook, key: &mut FlowKey) {
+        key.source = self.source;
+        key.destination = self.destination;
+        key.source_port = self.source_port;
+        key.destination_port = self.destination_port;
+        key.protocol = self.protocol;
+        key.hook = hook;
+        key._pad = 0;
     }
 
     #[inline(always)]
@@ -166,7 +222,7 @@ impl PacketMeta {
 
     /// Uniform over 32-bit numbers, the same for every packet of a 5-tuple: a SYN that is sent again and
     /// one-way UDP stay where they were without any state. Keyed, so that a client cannot aim.
-    #[inline(always)]
+    #[inline(never)]
     fn hash(&self, seed: [u32; 2]) -> u32 {
         let mut state = u64::from(seed[0]) | u64::from(seed[1]) << 32;
         let (source, destination) = (self.source.words(), self.destination.words());
@@ -193,11 +249,11 @@ impl PacketMeta {
 }
 
 #[inline(always)]
-fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, key: &FlowKey, kind: ClientKind) -> PacketVerdict {
-    let kind = if matches!(kind, ClientKind::Outside) && in_cluster_cidr(tables, &packet.source) {
+fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, behind_device: ClientKind) -> PacketVerdict {
+    let kind = if matches!(behind_device, ClientKind::Outside) && in_cluster_cidr(tables, &packet.source) {
         ClientKind::Pod
     } else {
-        kind
+        behind_device
     };
     let connection = packet.connection(kind);
     let balance = match resolve(tables, &connection) {
@@ -221,74 +277,161 @@ fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, key: &FlowKey, kind: Cli
     else {
         return PacketVerdict::Drop { reason: Reason::TableError };
     };
-    let masquerade = balance.side.has(Options::MASQUERADE)
+    // What came from another node and goes to another must come back this way, also where it is a pod's.
+    let is_detour = matches!(behind_device, ClientKind::Outside) && !backend.is_local();
+    let is_masked = is_detour
+        || balance.side.has(Options::MASQUERADE)
         || balance.side.has(Options::MASQUERADE_REMOTE) && !backend.is_local();
-    if masquerade {
-        return PacketVerdict::Drop { reason: Reason::NeedsMasquerade };
-    }
-    let flow = Flow {
-        address: backend.address(),
-        port: backend.port(),
-        state: FlowState::Opening,
-        _pad: 0,
-        number: balance.number,
-        service: backend.service(),
-        slot,
-        last_seen: tables.now(),
-    };
-    tables.insert_transient(key, &flow);
-    tables.insert_transient(&flow.other_key(key), &flow.other(key));
-    tables.count(balance.number, true);
-    PacketVerdict::ToBackend { address: flow.address, port: flow.port }
+    begin(tables, packet, &backend, balance.number, slot, is_masked);
+    PacketVerdict::SetDestination { address: backend.address(), port: backend.port() }
 }
 
-/// The backend has answered: both directions move to the table of established flows, where a flood of
-/// openings cannot push them out. An answer that closes at once (RST) ends the flow instead.
-#[inline(always)]
-fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta, key: &FlowKey, flow: &Flow) {
-    if matches!(flow.state, FlowState::Finished | FlowState::Closed) || packet.tcp.has(TcpFlags::RST) {
+/// Enters a new flow. A function of its own, as are those below: its stack is then not needed at the same time as
+/// its callers'. Their signatures hold no enums with data, which BTF has no form for.
+#[inline(never)]
+fn begin<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    backend: &Backend,
+    number: u32,
+    slot: u32,
+    is_masked: bool,
+) {
+    tables.with_new(|flow| {
+        flow.client = packet.source;
+        flow.frontend = packet.destination;
+        flow.backend = backend.address();
+        flow.mask = packet.source;
+        flow.client_port = packet.source_port;
+        flow.frontend_port = packet.destination_port;
+        flow.backend_port = backend.port();
+        flow.mask_port = 0;
+        flow.protocol = packet.protocol;
+        flow.state = FlowState::Opening;
+        flow.number = number;
+        flow.service = backend.service();
+        flow.slot = slot;
+        flow.last_seen = tables.now();
+        tables.put_transient(flow, Role::Request);
+        // Where the packet leaves, and so with which address it is masked, routing decides: the port 0 asks for it.
+        tables.put_transient(flow, if is_masked { Role::Forwarded } else { Role::Reply });
+    });
+    tables.count(number, true);
+}
+
+/// The first packet of a flow to be masked has come to the interface that it leaves by: gives it a port that no
+/// other flow to the same backend has, and completes the flow's entries.
+#[inline(never)]
+fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, masked: &mut Hit) -> Reason {
+    let Some(config) = tables.config() else {
+        return Reason::NoMaskAddress;
+    };
+    let Some(address) = tables.mask_address(device, &packet.source) else {
+        return Reason::NoMaskAddress;
+    };
+    let (first, count) = (config.mask_ports_first, config.mask_ports_count);
+    let start = packet.hash(config.hash_seed);
+    let found = tables.with_transient(packet, Hook::Egress, |flow| {
+        flow.mask = address;
+        let mut tries = 0;
+        while tries < MASK_TRIES {
+            // An odd step, so that two flows that meet at one port part at the next.
+            let offset = start.wrapping_add(tries.wrapping_mul(start >> 15 | 1));
+            let port = first.wrapping_add(((u64::from(offset) * u64::from(count)) >> 32) as u32);
+            flow.mask_port = port as u16;
+            if tables.put_new(flow, Role::Return) {
+                tables.put_transient(flow, Role::Request);
+                tables.put_transient(flow, Role::Forwarded);
+                tables.put_transient(flow, Role::Reply);
+                masked.address = address;
+                masked.port = flow.mask_port;
+                return true;
+            }
+            tries += 1;
+        }
+        false
+    });
+    match found {
+        Some(true) => Reason::Forwarded,
+        Some(false) => Reason::MaskPortsExhausted,
+        None => Reason::NoFlow,
+    }
+}
+
+/// The backend has answered: the entries move to the table of established flows, where a flood of openings
+/// cannot push them out. An answer that closes at once (RST) leaves them where they are.
+#[inline(never)]
+fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
+    if packet.tcp.has(TcpFlags::RST) {
         return;
     }
-    let now = tables.now();
-    let reply = Flow { state: FlowState::Established, last_seen: now, ..*flow };
-    let request_key = flow.other_key(key);
-    tables.insert_flow(key, &reply);
-    tables.insert_flow(&request_key, &reply.other(key));
-    tables.remove_transient(key);
-    tables.remove_transient(&request_key);
+    tables.with_transient(packet, Hook::Egress, |flow| {
+        if matches!(flow.state, FlowState::Closed) {
+            return;
+        }
+        flow.state = FlowState::Established;
+        flow.last_seen = tables.now();
+        let promote = |role| {
+            tables.put_flow(flow, role);
+            tables.remove_transient(flow, role);
+        };
+        promote(Role::Request);
+        promote(Role::Reply);
+        if flow.is_masked() {
+            promote(Role::Forwarded);
+            promote(Role::Return);
+        }
+    });
 }
 
-/// Notes a packet of an established flow, and retires the flow when it ends. A flow that ends goes back to
-/// the transient table, since its last acknowledgements are still to come.
+/// Notes a packet of an established flow, and retires the flow when it ends.
 #[inline(always)]
-fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, key: &FlowKey, flow: &Flow) {
-    if matches!(packet.protocol, Protocol::Tcp) {
+fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
+    let leads = matches!(flow.role, Role::Request | Role::Reply);
+    if leads && matches!(packet.protocol, Protocol::Tcp) {
         if packet.tcp.has(TcpFlags::RST) {
-            return retire(tables, key, flow);
+            return retire(tables, packet, hook);
         }
         if packet.tcp.has(TcpFlags::FIN) {
-            let other = tables.flow(&flow.other_key(key));
-            if other.is_none_or(|other| matches!(other.state, FlowState::Finished)) {
-                return retire(tables, key, flow);
-            }
-            tables.note(key, FlowState::Finished, tables.now());
-            return;
+            return finish(tables, packet, hook);
         }
     }
     let now = tables.now();
     if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
-        tables.note(key, flow.state, now);
+        tables.note(packet, hook, flow.state, now);
     }
 }
 
-#[inline(always)]
-fn retire<T: FlowTables>(tables: &T, key: &FlowKey, flow: &Flow) {
-    let ending = Flow { state: FlowState::Closed, ..*flow };
-    let other_key = flow.other_key(key);
-    tables.insert_transient(key, &ending);
-    tables.insert_transient(&other_key, &ending.other(key));
-    tables.remove_flow(key);
-    tables.remove_flow(&other_key);
+/// One direction has sent its FIN; with the other's the flow ends.
+#[inline(never)]
+fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
+    let other = if matches!(hook, Hook::Ingress) { Role::Reply } else { Role::Request };
+    let other = tables.with_flow(packet, hook, |flow| tables.state_of(flow, other));
+    match other {
+        Some(Some(FlowState::Opening | FlowState::Established)) => {
+            tables.note(packet, hook, FlowState::Finished, tables.now());
+        }
+        Some(Some(FlowState::Finished | FlowState::Closed) | None) => retire(tables, packet, hook),
+        None => {}
+    }
+}
+
+/// A flow that ends goes back to the transient table, since its last acknowledgements are still to come.
+#[inline(never)]
+fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
+    tables.with_flow(packet, hook, |flow| {
+        flow.state = FlowState::Closed;
+        let demote = |role| {
+            tables.put_transient(flow, role);
+            tables.remove_flow(flow, role);
+        };
+        demote(Role::Request);
+        demote(Role::Reply);
+        if flow.is_masked() {
+            demote(Role::Forwarded);
+            demote(Role::Return);
+        }
+    });
 }
 
 #[inline(always)]

@@ -46,8 +46,8 @@ reasons! {
     LocalAddress = 9, "local-address";
     /// The socket hook cannot decide without the source address: the packet hook will.
     LeftToPackets = 10, "left-to-packets";
-    /// The packet path does not mask client addresses yet, and this backend is on another node.
-    NeedsMasquerade = 11, "needs-masquerade";
+    /// The client is to be masked, but the interface that it leaves by has no address of its family.
+    NoMaskAddress = 11, "no-mask-address";
     /// Sent by this host to a ClusterIP in a way that no socket hook serves.
     Unserved = 12, "unserved";
     /// The packet could not be rewritten; it was dropped rather than sent on half translated.
@@ -60,6 +60,8 @@ reasons! {
     Unparsed = 16, "unparsed";
     /// A TCP packet that opens nothing and belongs to no flow.
     NoFlow = 17, "no-flow";
+    /// No port was free to mask the client with, towards this backend.
+    MaskPortsExhausted = 18, "mask-ports-exhausted";
 }
 
 #[cfg(test)]

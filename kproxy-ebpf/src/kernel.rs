@@ -2,13 +2,15 @@
 
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_ktime_get_ns};
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Flow, FlowKey,
-    FlowState, FlowTables, FrontendKey, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation, Flow,
+    FlowKey, FlowState, FlowTables, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side,
+    SourceRangeKey, Tables, Wanted, search,
 };
 
 use crate::maps;
 
 const ANY: u64 = 0;
+const NOEXIST: u64 = 1;
 
 /// The kernel's maps.
 pub struct Kernel;
@@ -102,44 +104,116 @@ impl Tables for Kernel {
 
 impl FlowTables for Kernel {
     #[inline(always)]
-    fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        // SAFETY: copied at once. Should the element be reused just then, the packet of an evicted flow goes
-        // astray, as it would without the flow.
-        unsafe { maps::FLOW.get(key) }.copied()
+    fn flow(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
+        let scratch = Scratch::of(packet, hook)?;
+        // SAFETY: copied at once. Should the element be reused just then, a packet of an evicted flow goes astray,
+        // as it would without the flow.
+        unsafe { maps::FLOW.get(&scratch.key) }.map(Hit::from)
     }
 
     #[inline(always)]
-    fn transient(&self, key: &FlowKey) -> Option<Flow> {
+    fn transient(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
+        let scratch = Scratch::of(packet, hook)?;
         // SAFETY: as for `flow`.
-        unsafe { maps::FLOW_TRANSIENT.get(key) }.copied()
+        unsafe { maps::FLOW_TRANSIENT.get(&scratch.key) }.map(Hit::from)
     }
 
     #[inline(always)]
-    fn insert_flow(&self, key: &FlowKey, flow: &Flow) {
-        // An LRU map makes room; if it cannot, the flow stays transient and is moved by its next answer.
-        let _ = maps::FLOW.insert(key, flow, ANY);
+    fn with_flow<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        let scratch = Scratch::of(packet, hook)?;
+        // SAFETY: as for `flow`.
+        let flow = unsafe { maps::FLOW.get(&scratch.key) }?;
+        scratch.whole.read_entry(&scratch.key, flow);
+        Some(act(&mut scratch.whole))
     }
 
     #[inline(always)]
-    fn insert_transient(&self, key: &FlowKey, flow: &Flow) {
-        // Without an entry the next packet of the same 5-tuple is hashed to the same backend.
-        let _ = maps::FLOW_TRANSIENT.insert(key, flow, ANY);
+    fn with_transient<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        let scratch = Scratch::of(packet, hook)?;
+        // SAFETY: as for `flow`.
+        let flow = unsafe { maps::FLOW_TRANSIENT.get(&scratch.key) }?;
+        scratch.whole.read_entry(&scratch.key, flow);
+        Some(act(&mut scratch.whole))
     }
 
     #[inline(always)]
-    fn remove_flow(&self, key: &FlowKey) {
-        // Gone already is as good.
-        let _ = maps::FLOW.remove(key);
+    fn with_new(&self, act: impl FnOnce(&mut Conversation)) {
+        if let Some(scratch) = Scratch::get() {
+            act(&mut scratch.whole);
+        }
     }
 
     #[inline(always)]
-    fn remove_transient(&self, key: &FlowKey) {
-        let _ = maps::FLOW_TRANSIENT.remove(key);
+    fn put_flow(&self, whole: &Conversation, role: Role) {
+        if let Some(Entry { key, flow }) = Entry::of(whole, role) {
+            // An LRU map makes room; if it cannot, the flow stays transient and is moved by its next answer.
+            let _ = maps::FLOW.insert(&*key, &*flow, ANY);
+        }
     }
 
     #[inline(always)]
-    fn note(&self, key: &FlowKey, state: FlowState, last_seen: u64) {
-        if let Some(flow) = maps::FLOW.get_ptr_mut(key) {
+    fn put_transient(&self, whole: &Conversation, role: Role) {
+        if let Some(Entry { key, flow }) = Entry::of(whole, role) {
+            // Without an entry the next packet of the same 5-tuple is hashed to the same backend.
+            let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, ANY);
+        }
+    }
+
+    #[inline(always)]
+    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
+        let Some(Entry { key, flow }) = Entry::of(whole, role) else {
+            return false;
+        };
+        // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
+        let taken = unsafe { maps::FLOW.get(&*key) }.is_some();
+        !taken && maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_flow(&self, whole: &Conversation, role: Role) {
+        if let Some(Entry { key, .. }) = Entry::of(whole, role) {
+            // Gone already is as good.
+            let _ = maps::FLOW.remove(&*key);
+        }
+    }
+
+    #[inline(always)]
+    fn remove_transient(&self, whole: &Conversation, role: Role) {
+        if let Some(Entry { key, .. }) = Entry::of(whole, role) {
+            let _ = maps::FLOW_TRANSIENT.remove(&*key);
+        }
+    }
+
+    #[inline(always)]
+    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
+        let Entry { key, .. } = Entry::of(whole, role)?;
+        // SAFETY: one octet, read at once.
+        unsafe { maps::FLOW.get(&*key) }.map(|flow| flow.state)
+    }
+
+    #[inline(always)]
+    fn mask_address(&self, device: u32, like: &Address) -> Option<Address> {
+        // SAFETY: elements of this map are never replaced, and not reused within a grace period.
+        let addresses = unsafe { maps::DEVICE.get(device) }?;
+        let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
+        (!address.is_unspecified()).then_some(address)
+    }
+
+    #[inline(always)]
+    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64) {
+        if let Some(scratch) = Scratch::of(packet, hook)
+            && let Some(flow) = maps::FLOW.get_ptr_mut(&scratch.key)
+        {
             // SAFETY: the pointer is valid for the program's run; both fields are written by one store each.
             unsafe {
                 (*flow).state = state;
@@ -161,6 +235,45 @@ impl FlowTables for Kernel {
                 counter, 1,
             );
         }
+    }
+}
+
+/// What packet programs put together that their 512 octets of stack have no room for. Packet programs run with
+/// bottom halves disabled, so that none interrupts another on its CPU.
+struct Scratch;
+
+impl Scratch {
+    #[inline(always)]
+    fn get() -> Option<&'static mut maps::Scratch> {
+        let place = maps::SCRATCH.get_ptr_mut(0)?.cast::<maps::Scratch>();
+        // SAFETY: the element is this CPU's, as long as the structure, and used by one caller at a time: nothing
+        // that is called while the whole of a flow is held touches it.
+        Some(unsafe { &mut *place })
+    }
+
+    /// With the key of this packet.
+    #[inline(always)]
+    fn of(packet: &PacketMeta, hook: Hook) -> Option<&'static mut maps::Scratch> {
+        let scratch = Self::get()?;
+        packet.write_key(hook, &mut scratch.key);
+        Some(scratch)
+    }
+}
+
+/// One entry of a flow, in a place of its own beside the whole.
+struct Entry {
+    key: &'static mut FlowKey,
+    flow: &'static mut Flow,
+}
+
+impl Entry {
+    #[inline(always)]
+    fn of(whole: &Conversation, role: Role) -> Option<Self> {
+        let place = maps::ENTRY.get_ptr_mut(0)?.cast::<maps::FlowEntry>();
+        // SAFETY: as in `Scratch::get`; each use is over before the next begins.
+        let (key, flow) = unsafe { (&mut (*place).key, &mut (*place).flow) };
+        whole.write_entry(role, key, flow);
+        Some(Self { key, flow })
     }
 }
 

@@ -7,8 +7,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use kproxy_common::{
-    Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, Flow, FlowKey, FrontendKey,
-    Owner, Reason, ServiceEntry, ServiceInfo, SocketRecords,
+    Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
+    DeviceAddresses, Flow, FlowKey, FrontendKey, Owner, Reason, ServiceEntry, ServiceInfo, SocketRecords,
 };
 
 const FRONTENDS: usize = 32_768;
@@ -44,6 +44,20 @@ pub struct OverflowValue {
     pub _pad: u32,
 }
 
+/// What lies in `entry`: an entry of a flow that is being written.
+#[repr(C)]
+pub struct FlowEntry {
+    pub key: FlowKey,
+    pub flow: Flow,
+}
+
+/// What lies in `scratch`: the key of the packet, and the whole of its flow.
+#[repr(C)]
+pub struct Scratch {
+    pub key: FlowKey,
+    pub whole: Conversation,
+}
+
 #[btf_map(name = "frontend")]
 pub static FRONTEND: HashMap<FrontendKey, u32, FRONTENDS> = HashMap::new();
 #[btf_map(name = "service")]
@@ -72,5 +86,12 @@ pub static COUNTER: Array<Counters, FRONTENDS> = Array::new();
 pub static REASON: PerCpuArray<u64, { Reason::ALL.len() }> = PerCpuArray::new();
 #[btf_map(name = "config")]
 pub static CONFIG: Array<Config, 1, MAPPED> = Array::new();
+// Plain words: no BTF is made for a structure that is only pointed into.
+#[btf_map(name = "scratch")]
+pub static SCRATCH: PerCpuArray<[u64; size_of::<Scratch>().div_ceil(8)], 1> = PerCpuArray::new();
+#[btf_map(name = "entry")]
+pub static ENTRY: PerCpuArray<[u64; size_of::<FlowEntry>().div_ceil(8)], 1> = PerCpuArray::new();
+#[btf_map(name = "device")]
+pub static DEVICE: HashMap<u32, DeviceAddresses, 4_096> = HashMap::new();
 #[btf_map(name = "owner")]
 pub static OWNER: Array<Owner, 1> = Array::new();

@@ -65,7 +65,11 @@ fn ingress(ctx: &TcContext, network_offset: u32, client: ClientKind) -> i32 {
 #[inline(always)]
 fn egress(ctx: &TcContext, network_offset: u32) -> i32 {
     match parse(ctx, network_offset) {
-        Ok(packet) => apply(ctx, &packet, on_egress(&Kernel, &packet.meta)),
+        Ok(packet) => {
+            // SAFETY: the context is valid for the program's run.
+            let device = unsafe { (*ctx.skb.skb).ifindex };
+            apply(ctx, &packet, on_egress(&Kernel, &packet.meta, device))
+        }
         Err(reason) => pass(reason),
     }
 }
@@ -75,8 +79,8 @@ fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
     let rewritten = match verdict {
         PacketVerdict::Pass { reason } => return pass(reason),
         PacketVerdict::Drop { reason } => return drop(reason),
-        PacketVerdict::ToBackend { address, port } => packet.set_destination(ctx, &address, port),
-        PacketVerdict::FromFrontend { address, port } => packet.set_source(ctx, &address, port),
+        PacketVerdict::SetDestination { address, port } => packet.set_destination(ctx, &address, port),
+        PacketVerdict::SetSource { address, port } => packet.set_source(ctx, &address, port),
     };
     match rewritten {
         Ok(()) => {

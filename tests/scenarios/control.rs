@@ -1,13 +1,16 @@
-//! The control plane alone: a real API server that nodes can reach.
+//! The control plane alone: a real API server that nodes can reach, and that takes the manifests.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{Context, ControlPlane, NodeSpec};
 
 use crate::Scenario;
 
-pub const SCENARIOS: &[Scenario] = &[("lab::control_plane_serves", serves)];
+pub const SCENARIOS: &[Scenario] =
+    &[("lab::control_plane_serves", serves), ("kubernetes::manifests_pass_a_dry_run", dry_run)];
 
 const SERVICE: &str = "
 apiVersion: v1
@@ -69,5 +72,36 @@ fn serves(ctx: &Context) -> Result<()> {
     control.start_api_server()?;
     let after = control.kubectl(&["get", "service", "web", "-o", path])?.success()?;
     ensure!(after == before, "{after} instead of {before}");
+    Ok(())
+}
+
+/// What a cluster applies.
+pub fn manifests() -> Result<Vec<PathBuf>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
+    let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    files.sort_unstable();
+    ensure!(!files.is_empty(), "there is none in {}", folder.display());
+    Ok(files)
+}
+
+fn dry_run(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| lab.control())?;
+    let control = ControlPlane::start(&lab, &ControlPlane::assets()?)?;
+    let mut kinds = String::new();
+    for file in manifests()? {
+        let text = fs::read_to_string(&file)?;
+        let arguments = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"];
+        let output = control.kubectl_with(&control.kubeconfig(), &arguments, &text)?;
+        ensure!(!output.stderr.contains("Warning"), "{}: {output}", file.display());
+        kinds += &output.success().with_context(|| file.display().to_string())?;
+    }
+    for kind in ["daemonset.apps/", "serviceaccount/", "clusterrole", "clusterrolebinding"] {
+        ensure!(kinds.contains(kind), "no {kind} among: {kinds}");
+    }
+    // It was dry: nothing stays.
+    let there = control.kubectl(&["get", "daemonsets", "--all-namespaces", "-o", "name"])?.success()?;
+    ensure!(there.trim().is_empty(), "{there}");
     Ok(())
 }

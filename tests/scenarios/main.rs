@@ -4,15 +4,27 @@
 //! by, `--exact`, `--list`, `--skip`.
 
 mod agent;
+mod cluster;
+mod commands;
 mod control;
+mod devices;
+mod dumps;
 mod elb;
+mod input;
+mod kubernetes;
+mod live;
+mod objects;
+mod packets;
+mod pass_through;
 mod reach;
+mod restart;
 mod safety;
+mod sockets;
 mod workers;
 
 use std::process::ExitCode;
 
-use kproxy_lab::{Context, ControlPlane, Run, isolated, worker};
+use kproxy_lab::{Context, ControlPlane, Run, isolated, kproxy_binary, worker};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// A scenario's name and what it does.
@@ -29,6 +41,16 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (nothing, reach::SCENARIOS),
     (nothing, elb::SCENARIOS),
     (kubernetes, control::SCENARIOS),
+    (kproxy, sockets::SCENARIOS),
+    (kproxy, packets::SCENARIOS),
+    (kproxy, pass_through::SCENARIOS),
+    (kproxy, live::SCENARIOS),
+    (kproxy, restart::SCENARIOS),
+    (kproxy, commands::SCENARIOS),
+    (kproxy, dumps::SCENARIOS),
+    (kproxy, input::SCENARIOS),
+    (kproxy, devices::SCENARIOS),
+    (kproxy_and_kubernetes, kubernetes::SCENARIOS),
 ];
 
 /// Set where everything must be run, as in CI: what is missing is then a failure, not a skip.
@@ -80,6 +102,15 @@ fn nothing() -> anyhow::Result<()> {
 
 fn kubernetes() -> anyhow::Result<()> {
     ControlPlane::assets().map(drop)
+}
+
+fn kproxy() -> anyhow::Result<()> {
+    kproxy_binary().map(drop)
+}
+
+fn kproxy_and_kubernetes() -> anyhow::Result<()> {
+    kproxy()?;
+    kubernetes()
 }
 
 /// The error and what caused it, a line each.

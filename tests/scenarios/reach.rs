@@ -16,6 +16,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("lab::pods_reach_pods_bridge", |ctx| pods_reach_pods(ctx, Cni::Bridge, Cni::Bridge)),
     ("lab::pods_reach_pods_vxlan", |ctx| pods_reach_pods(ctx, Cni::Vxlan, Cni::Vxlan)),
     ("lab::pods_reach_pods_mixed", |ctx| pods_reach_pods(ctx, Cni::RoutedVeth, Cni::Bridge)),
+    ("lab::pods_come_and_go", pods_come_and_go),
     ("lab::overlay_is_used", overlay_is_used),
     ("lab::client_has_the_routes_it_was_given", client_routes),
     ("lab::pods_are_masked_where_asked", masquerade),
@@ -58,6 +59,29 @@ fn pods_reach_pods(ctx: &Context, a: Cni, b: Cni) -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+fn pods_come_and_go(ctx: &Context) -> Result<()> {
+    for cni in [Cni::RoutedVeth, Cni::Bridge, Cni::Vxlan] {
+        let lab = two_nodes(ctx, cni, cni)?;
+        let node = lab.node("node-b")?;
+        ensure!(node.add_pod("b1", 1).is_err() && node.add_pod("b9", 0).is_err(), "name or number are taken");
+        let pod = node.add_pod("b9", 1)?;
+        let server = pod.echo(PORT)?;
+        let worker = lab.pod("a1")?.worker()?;
+        for family in Family::BOTH {
+            let answer = worker.ask_tcp(server.address(family))?;
+            ensure!(answer.server == "b9", "{cni:?}, {family:?}: {answer:?}");
+        }
+        let to = server.address(Family::V4);
+        drop(server);
+        node.remove_pod(pod)?;
+        ensure!(worker.tcp_connect_with(to, None, Duration::from_millis(200)).is_err(), "it answers still");
+        drop(worker);
+        drop(lab);
+        ctx.forget_labs();
     }
     Ok(())
 }

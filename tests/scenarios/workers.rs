@@ -48,6 +48,9 @@ fn worker_tcp(ctx: &Context) -> Result<()> {
         worker.close(first.id)?;
         ensure!(worker.tcp_request(first.id, "x").is_err(), "closed, and answered");
         worker.tcp_ask(second.id, "still there")?;
+        worker.tcp_transfer(second.id, 3_000_000, 2_000_000)?;
+        worker.tcp_transfer(second.id, 0, 0)?;
+        worker.tcp_ask(second.id, "after a transfer")?;
 
         refused(worker.tcp_connect(SocketAddr::new(to.ip(), 9)), Errno::ECONNREFUSED)?;
         let from = SocketAddr::new(lab.pod("a1")?.ip(family), 40_000);

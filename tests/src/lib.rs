@@ -30,6 +30,7 @@
 //! Nothing gets out: see [`self_check`]. Nothing stays: processes, namespaces, mounts and cgroups
 //! end with the run, by whatever way it ends; see [`isolated`].
 
+mod add_pod;
 mod agent;
 mod agent_log;
 mod capture;

@@ -163,7 +163,7 @@ pub fn node(spec: &LabSpec, node: &NodeSpec) -> String {
         vxlan_device(&mut text, node);
     }
     for (index, pod) in node.pods.iter().enumerate() {
-        pod_wire(&mut text, node, index, pod);
+        text.push_str(&pod_wire(node, index, pod));
     }
     for other in spec.nodes.iter().filter(|other| other.name != node.name) {
         pods_of(&mut text, node, other);
@@ -299,27 +299,29 @@ fn vxlan_device(text: &mut String, node: &NodeSpec) {
     );
 }
 
-fn pod_wire(text: &mut String, node: &NodeSpec, index: usize, pod: &str) {
+/// The host's end of a pod's wire, and the way to the pod.
+pub fn pod_wire(node: &NodeSpec, index: usize, pod: &str) -> String {
+    let mut text = String::new();
     let veth = veth_name(pod);
     let mtu = match node.cni {
         Cni::Vxlan => format!(" mtu {VXLAN_MTU}"),
         Cni::RoutedVeth | Cni::Bridge => String::new(),
     };
-    lines(text, &[format!("link add {veth}{mtu} type veth peer name {UPLINK}{mtu} netns {pod}")]);
+    lines(&mut text, &[format!("link add {veth}{mtu} type veth peer name {UPLINK}{mtu} netns {pod}")]);
     if node.cni != Cni::RoutedVeth {
         // Hairpin as in flannel's default configuration: a pod reaches itself by its Service.
         lines(
-            text,
+            &mut text,
             &[
                 format!("link set {veth} master {POD_BRIDGE} up"),
                 format!("link set {veth} type bridge_slave hairpin on"),
             ],
         );
-        return;
+        return text;
     }
     let (v4, v6) = node.pod_addresses(index).expect("a validated description has an address for each pod");
     lines(
-        text,
+        &mut text,
         &[
             format!("addr add {POD_NEXT_HOP_V6}/64 dev {veth} nodad"),
             format!("link set {veth} up"),
@@ -327,6 +329,7 @@ fn pod_wire(text: &mut String, node: &NodeSpec, index: usize, pod: &str) {
             format!("route add {v6}/128 dev {veth}"),
         ],
     );
+    text
 }
 
 /// The way from one node to another's pods.

@@ -15,6 +15,12 @@ use crate::{
 /// How long a UDP flow may idle: as conntrack's `nf_conntrack_udp_timeout_stream`.
 const UDP_TIMEOUT_SECONDS: u64 = 180;
 
+/// The ports that clients are masked with: above the default `ip_local_port_range` (32768 to 60999), and reserved
+/// on the node, so that no socket is given one.
+pub const MASK_PORTS_FIRST: u32 = 61_000;
+/// How many these are.
+pub const MASK_PORTS_COUNT: u32 = 4_536;
+
 /// This node's name in EndpointSlices: as given, else the host name in lower case, as kube-proxy takes it.
 pub fn node_name(args: &NodeArgs) -> Result<String> {
     if let Some(name) = &args.node_name {
@@ -59,22 +65,31 @@ pub fn model(
     })
 }
 
-/// The programs' configuration, as far as it does not change while the agent runs. The hash's key is that of
-/// `before`, if there was one: flows that are being opened then stay where they are over a restart.
-pub fn programs(args: &AgentArgs, host_netns_cookie: u64, before: Option<&Config>) -> Result<Config> {
-    let mut cluster_cidrs = [Cidr::NONE; MAX_CIDRS];
-    for (place, cidr) in cluster_cidrs.iter_mut().zip(cidrs("--cluster-cidr", &args.node.cluster_cidr)?) {
-        *place = cidr;
-    }
-    let hash_seed = before.map(|config| config.hash_seed).filter(|seed| *seed != [0, 0]).unwrap_or_else(random);
+/// The programs' configuration. The hash's key is `seed`, that of the agent before, if there was one: flows that
+/// are being opened then stay where they are over a restart.
+pub fn programs(
+    args: &AgentArgs,
+    host_netns_cookie: u64,
+    seed: [u32; 2],
+    service_cidrs: &[Cidr],
+) -> Result<Config> {
+    let table = |cidrs: &[Cidr]| {
+        let mut table = [Cidr::NONE; MAX_CIDRS];
+        for (place, cidr) in table.iter_mut().zip(cidrs) {
+            *place = *cidr;
+        }
+        table
+    };
     Ok(Config {
         host_netns_cookie,
         udp_timeout: UDP_TIMEOUT_SECONDS * 1_000_000_000,
-        hash_seed,
+        hash_seed: if seed == [0, 0] { random() } else { seed },
         loopback_node_ports: u32::from(!args.rules.disable_loopback_nodeports),
         remember_peer: 1,
-        service_cidrs: before.map_or([Cidr::NONE; MAX_CIDRS], |config| config.service_cidrs),
-        cluster_cidrs,
+        mask_ports_first: MASK_PORTS_FIRST,
+        mask_ports_count: MASK_PORTS_COUNT,
+        service_cidrs: table(service_cidrs),
+        cluster_cidrs: table(&cidrs("--cluster-cidr", &args.node.cluster_cidr)?),
     })
 }
 

@@ -15,7 +15,7 @@ pub struct Outcome {
     pub results: Vec<(Party, Result<(), String>)>,
     /// What was written.
     pub counts: Counts,
-    /// How many system calls that took.
+    /// How often bpf(2) was called for that.
     pub calls: u64,
     /// How long each step took, in their order.
     pub times: Vec<StepTime>,
@@ -76,13 +76,8 @@ pub struct StepTime {
 /// that party's writes; the rest goes on.
 pub fn execute(plan: &Plan, tables: &mut Tables, writer: &mut dyn MapWriter) -> Outcome {
     let calls = writer.calls();
-    let mut run = Run {
-        plan,
-        tables,
-        writer,
-        failed: vec![None; plan.parties.len()],
-        counts: Counts::default(),
-    };
+    let mut run =
+        Run { plan, tables, writer, failed: vec![None; plan.parties.len()], counts: Counts::default() };
     let mut times = Vec::with_capacity(plan.steps.len());
     for step in &plan.steps {
         let start = Instant::now();
@@ -125,7 +120,9 @@ impl Run<'_> {
                 run.counts.infos += 1;
                 Ok(())
             }),
-            Step::WriteEntries(ops) => self.each(ops, |run, _, (number, entry)| run.write_entry(*number, entry)),
+            Step::WriteEntries(ops) => {
+                self.each(ops, |run, _, (number, entry)| run.write_entry(*number, entry))
+            }
             Step::StoreWords(ops) => self.each(ops, |run, _, (number, word, value)| {
                 run.writer.store_word(*number, *word, *value)?;
                 run.tables.stored_word(*number, *word, *value);
@@ -147,46 +144,70 @@ impl Run<'_> {
                 run.tables.retired_source_range(*key);
                 Ok(())
             }),
-            Step::ResetCounters(ops) => self.batch(ops, MapWriter::reset_counters, |run, _, _| {
-                run.counts.counters += 1;
-            }),
-            Step::InsertFrontends(ops) => self.batch(ops, MapWriter::insert_frontends, |run, _, (key, number)| {
-                run.tables.inserted_frontend(key, number);
-                run.counts.frontends += 1;
-            }),
-            Step::DeleteFrontends(ops) => self.batch(ops, MapWriter::delete_frontends, |run, _, key| {
-                run.tables.deleted_frontend(&key);
-                run.counts.frontends += 1;
-            }),
+            Step::ResetCounters(ops) => self.batch(
+                ops,
+                |writer, writes| writer.reset_counters(writes),
+                |run, _, _| {
+                    run.counts.counters += 1;
+                },
+            ),
+            Step::InsertFrontends(ops) => self.batch(
+                ops,
+                |writer, writes| writer.insert_frontends(writes),
+                |run, _, (key, number)| {
+                    run.tables.inserted_frontend(key, number);
+                    run.counts.frontends += 1;
+                },
+            ),
+            Step::DeleteFrontends(ops) => self.batch(
+                ops,
+                |writer, writes| writer.delete_frontends(writes),
+                |run, _, key| {
+                    run.tables.deleted_frontend(&key);
+                    run.counts.frontends += 1;
+                },
+            ),
             Step::InsertAddresses(ops) => {
-                self.batch(ops, MapWriter::insert_addresses, |run, party, (address, kind)| {
-                    run.tables.inserted_address(address, kind, run.plan.parties[party].service());
-                    run.counts.addresses += 1;
-                });
+                self.batch(
+                    ops,
+                    |writer, writes| writer.insert_addresses(writes),
+                    |run, party, (address, kind)| {
+                        run.tables.inserted_address(address, kind, run.plan.parties[party].service());
+                        run.counts.addresses += 1;
+                    },
+                );
             }
-            Step::DeleteAddresses(ops) => self.batch(ops, MapWriter::delete_addresses, |run, _, address| {
-                run.tables.deleted_address(&address);
-                run.counts.addresses += 1;
-            }),
-            Step::InsertSourceRanges(ops) => self.batch(ops, MapWriter::insert_source_ranges, |run, _, key| {
-                run.tables.inserted_source_range(key);
-                run.counts.source_ranges += 1;
-            }),
-            Step::DeleteSourceRanges(ops) => self.batch(ops, MapWriter::delete_source_ranges, |run, _, key| {
-                run.tables.deleted_source_range(&key);
-                run.counts.source_ranges += 1;
-            }),
+            Step::DeleteAddresses(ops) => self.batch(
+                ops,
+                |writer, writes| writer.delete_addresses(writes),
+                |run, _, address| {
+                    run.tables.deleted_address(&address);
+                    run.counts.addresses += 1;
+                },
+            ),
+            Step::InsertSourceRanges(ops) => self.batch(
+                ops,
+                |writer, writes| writer.insert_source_ranges(writes),
+                |run, _, key| {
+                    run.tables.inserted_source_range(key);
+                    run.counts.source_ranges += 1;
+                },
+            ),
+            Step::DeleteSourceRanges(ops) => self.batch(
+                ops,
+                |writer, writes| writer.delete_source_ranges(writes),
+                |run, _, key| {
+                    run.tables.deleted_source_range(&key);
+                    run.counts.source_ranges += 1;
+                },
+            ),
             Step::Grace => return self.grace(),
         }
         true
     }
 
     /// One call for each write. A party's first failure ends its writes.
-    fn each<T>(
-        &mut self,
-        ops: &[Op<T>],
-        write: impl Fn(&mut Self, usize, &T) -> Result<(), WriteError>,
-    ) {
+    fn each<T>(&mut self, ops: &[Op<T>], write: impl Fn(&mut Self, usize, &T) -> Result<(), WriteError>) {
         for op in ops {
             if self.may_write(op.party)
                 && let Err(error) = write(self, op.party, &op.write)

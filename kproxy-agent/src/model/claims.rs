@@ -64,7 +64,11 @@ impl<K: Copy + Eq + Hash> Claims<K> {
 
     /// Everyone who claims `key`, the winner first.
     pub fn claimants(&self, key: &K) -> impl Iterator<Item = &Arc<ServiceKey>> {
-        self.by_key.get(key).into_iter().flat_map(|claimants| &claimants.all).map(|claimant| &claimant.service)
+        self.by_key
+            .get(key)
+            .into_iter()
+            .flat_map(|claimants| &claimants.all)
+            .map(|claimant| &claimant.service)
     }
 
     /// Adds to `affected` every Service that claims a key whose winner changed since the last call. Late, so

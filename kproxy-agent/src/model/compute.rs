@@ -135,7 +135,8 @@ fn wanted_frontend(
     ranges: &[Cidr],
 ) -> WantedFrontend {
     let is_passed_through = rule.pass_through.is_some_and(|decision| decision.is_on);
-    let is_restricted = frontend.kind == FrontendKind::LoadBalancer && !is_passed_through && !ranges.is_empty();
+    let is_restricted =
+        frontend.kind == FrontendKind::LoadBalancer && !is_passed_through && !ranges.is_empty();
     let mut options = if service.affinity_timeout > 0 { Options::AFFINITY } else { 0 };
     if is_restricted {
         options |= Options::SOURCE_RANGES;
@@ -272,7 +273,8 @@ fn wanted_addresses(
 /// Who may use the load-balancer addresses of one family; empty: everyone.
 fn source_ranges(service: &Service, family: Family, node_addresses: &[Address]) -> Vec<Cidr> {
     let is_of_family = |address: &Address| Family::of(address) == family;
-    let mut ranges: Vec<Cidr> = service.source_ranges.iter().copied().filter(|r| is_of_family(&r.address())).collect();
+    let mut ranges: Vec<Cidr> =
+        service.source_ranges.iter().copied().filter(|r| is_of_family(&r.address())).collect();
     let whole_family = match family {
         Family::V4 => 96,
         Family::V6 => 0,
@@ -307,7 +309,8 @@ fn report_ranges_not_enforced(
         return;
     }
     let list = addresses.into_iter().collect::<Vec<_>>().join(", ");
-    let message = format!("not enforced on this node for {list}, which is in pass-through; the load balancer must");
+    let message =
+        format!("not enforced on this node for {list}, which is in pass-through; the load balancer must");
     let field = "spec.loadBalancerSourceRanges".to_owned();
     problems.add(ProblemKind::SourceRangesNotEnforced, field, message);
 }
@@ -315,7 +318,9 @@ fn report_ranges_not_enforced(
 fn policy(kind: FrontendKind, service: &Service) -> TrafficPolicy {
     match kind {
         FrontendKind::ClusterIp => service.internal_policy,
-        FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer => service.external_policy,
+        FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer => {
+            service.external_policy
+        }
     }
 }
 

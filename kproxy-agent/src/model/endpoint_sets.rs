@@ -66,13 +66,14 @@ pub fn endpoint_sets<'a>(
     let topology = Topology::of(&endpoints, place);
     let is_cluster = cluster_set(&endpoints, topology, place);
     let is_local = local_set(&endpoints);
-    let class = |endpoint: &Candidate<'_>| {
-        match (uses.cluster && is_cluster(endpoint), uses.local && is_local(endpoint)) {
-            (true, false) => CLUSTER_ONLY,
-            (true, true) => BOTH,
-            (false, true) => LOCAL_ONLY,
-            (false, false) => NEITHER,
-        }
+    let class = |endpoint: &Candidate<'_>| match (
+        uses.cluster && is_cluster(endpoint),
+        uses.local && is_local(endpoint),
+    ) {
+        (true, false) => CLUSTER_ONLY,
+        (true, true) => BOTH,
+        (false, true) => LOCAL_ONLY,
+        (false, false) => NEITHER,
     };
     let has_any = endpoints.iter().any(Candidate::is_endpoint);
     let mut sorted: Vec<_> = endpoints.iter().map(|endpoint| (class(endpoint), endpoint)).collect();
@@ -222,7 +223,5 @@ fn cluster_set<'a>(
 /// Ready endpoints on this node; without any, those on this node that are serving and terminating.
 fn local_set(endpoints: &[Candidate<'_>]) -> impl Fn(&Candidate<'_>) -> bool + use<> {
     let any_ready = endpoints.iter().any(|endpoint| endpoint.is_local && endpoint.ready);
-    move |endpoint| {
-        endpoint.is_local && if any_ready { endpoint.ready } else { endpoint.is_last_resort() }
-    }
+    move |endpoint| endpoint.is_local && if any_ready { endpoint.ready } else { endpoint.is_last_resort() }
 }

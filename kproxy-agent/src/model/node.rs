@@ -63,7 +63,10 @@ pub fn node_port_addresses(
 }
 
 /// The ServiceCIDRs: those of the flag, else those of the objects, as far as they fit.
-pub fn service_cidrs(config: &NodeConfig, objects: &BTreeMap<String, Vec<Cidr>>) -> (Vec<Cidr>, Vec<Problem>) {
+pub fn service_cidrs(
+    config: &NodeConfig,
+    objects: &BTreeMap<String, Vec<Cidr>>,
+) -> (Vec<Cidr>, Vec<Problem>) {
     let flag = config.service_cidrs.iter().map(|cidr| (None, *cidr));
     let is_given = !config.service_cidrs.is_empty();
     let objects = objects.iter().filter(|_| !is_given);
@@ -90,7 +93,12 @@ pub fn service_cidrs(config: &NodeConfig, objects: &BTreeMap<String, Vec<Cidr>>)
              give fewer and wider ranges with --service-cidr",
             cidr.address()
         );
-        problems.push(Problem { object, field: "spec.cidrs".to_owned(), kind: ProblemKind::DoesNotFit, message });
+        problems.push(Problem {
+            object,
+            field: "spec.cidrs".to_owned(),
+            kind: ProblemKind::DoesNotFit,
+            message,
+        });
     }
     kept.sort_by_key(Cidr::address);
     (kept, problems)

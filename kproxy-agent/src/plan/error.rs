@@ -37,6 +37,18 @@ pub enum PlanError {
     NoRoom { needed: usize, free: u32, longest: u32, capacity: u32, flag: &'static str },
 }
 
+impl PlanError {
+    /// Whether it can pass without a change of this Service.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Claimed { .. }) || self.is_want_of_room()
+    }
+
+    /// Whether it passes when something else goes.
+    pub fn is_want_of_room(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::NoRoom { .. })
+    }
+}
+
 /// The agent's flags that set how much the maps hold.
 pub mod flags {
     /// Elements of `frontend`.

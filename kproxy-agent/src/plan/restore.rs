@@ -63,7 +63,7 @@ pub fn restore(snapshot: &Snapshot, capacity: Capacity) -> (Tables, Vec<String>)
     }
     for (number, info) in snapshot.infos.iter().enumerate() {
         if let Some(info) = info {
-            tables.number_state(number as u32).info = Some(Box::new(*info));
+            tables.number_state(number as u32).info = Some(Arc::new(*info));
         }
     }
     restore_frontends(&mut tables, snapshot, &mut problems);

@@ -123,10 +123,8 @@ impl Planner<'_> {
         if !matches!(candidate.fate, Fate::Planned) {
             return Vec::new();
         }
-        let frontend = |number: u32| self.tables.numbers[number as usize].frontend;
         self.tables
-            .owned_numbers(&candidate.key)
-            .filter_map(frontend)
+            .frontends_of(&candidate.key)
             .map(|key| (key, self.claims.get(&key).copied()))
             .filter(|(_, taker)| *taker != Some(index))
             .collect()
@@ -156,7 +154,7 @@ impl Planner<'_> {
         let block = self.plan_block(index, wanted, &port, writes)?;
         for frontend in &wanted.frontends {
             let words = words(wanted, frontend, &port, block);
-            let info = Box::new(info(service, wanted, frontend, self.now));
+            let info = Arc::new(info(service, wanted, frontend, self.now));
             match self.tables.number(&frontend.key) {
                 Some(number) => {
                     self.plan_change(index, frontend, &port, number, words, info, writes)?;
@@ -221,6 +219,7 @@ impl Planner<'_> {
         let blocks: Vec<_> =
             blocks.into_iter().map(|(first, sets, all)| BlockWord::new(first, sets, all)).collect();
         if let Some(block) = blocks.iter().find(|block| self.holds(block, wanted, port)) {
+            self.tables.slots.hold(block.first_slot());
             return Ok(BlockWord::new(block.first_slot(), in_sets, serving));
         }
         let Some(first_slot) = self.tables.slots.reserve(u32::from(serving)) else {
@@ -298,7 +297,7 @@ impl Planner<'_> {
         port: &Arc<Port>,
         number: u32,
         words: [u64; 4],
-        info: Box<ServiceInfo>,
+        info: Arc<ServiceInfo>,
         writes: &mut Writes,
     ) -> Result<(), Obstacle> {
         let mut changed = self.plan_ranges(index, frontend, number, writes)?;
@@ -325,7 +324,7 @@ impl Planner<'_> {
         frontend: &WantedFrontend,
         port: &Arc<Port>,
         words: [u64; 4],
-        info: Box<ServiceInfo>,
+        info: Arc<ServiceInfo>,
         writes: &mut Writes,
     ) -> Result<(), Obstacle> {
         let key = frontend.key;

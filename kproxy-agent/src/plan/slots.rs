@@ -50,7 +50,16 @@ pub struct Slots {
     free: Spans,
     blocks: BTreeMap<u32, BlockUse>,
     retired: Vec<(u32, u32)>,
-    reserved: Vec<u32>,
+    reserved: Vec<Reserved>,
+}
+
+/// Slots that a plan will point words at.
+#[derive(Clone, Copy, Debug)]
+enum Reserved {
+    /// A new block, by its first slot.
+    Fresh(u32),
+    /// A block in use. Its words may all be stored anew before the plan points others at it.
+    Held(u32),
 }
 
 /// Slots that were given out together.
@@ -118,8 +127,16 @@ impl Slots {
     pub fn reserve(&mut self, length: u32) -> Option<u32> {
         let first = self.free.take(length)?;
         self.blocks.insert(first, BlockUse { length, words: 0 });
-        self.reserved.push(first);
+        self.reserved.push(Reserved::Fresh(first));
         Some(first)
+    }
+
+    /// Keeps the block of `slot` in use until the reservation is closed.
+    pub fn hold(&mut self, slot: u32) {
+        if let Some((first, block)) = self.block_at(slot) {
+            block.words += 1;
+            self.reserved.push(Reserved::Held(first));
+        }
     }
 
     /// A word now holds `value`.
@@ -150,12 +167,20 @@ impl Slots {
 
     /// Closes the reservations from the `kept`th on: what no word points at is free again.
     pub fn release_reserved(&mut self, kept: usize) {
-        for first in self.reserved.split_off(kept) {
-            if let Some(block) = self.blocks.get(&first).copied()
-                && block.words == 0
-            {
-                self.blocks.remove(&first);
-                self.free.give(first, block.length);
+        for reserved in self.reserved.split_off(kept) {
+            match reserved {
+                Reserved::Fresh(first) => {
+                    if let Some(block) = self.blocks.get(&first).copied()
+                        && block.words == 0
+                    {
+                        self.blocks.remove(&first);
+                        self.free.give(first, block.length);
+                    }
+                }
+                Reserved::Held(first) => {
+                    let run = self.forget_at(first);
+                    self.retired.extend(run);
+                }
             }
         }
     }
@@ -174,18 +199,28 @@ impl Slots {
         }
     }
 
+    /// The block that a word points into; none if the word points at nothing, or beyond the end.
     fn block_of(&mut self, word: Word, value: u64) -> Option<(u32, &mut BlockUse)> {
         let (first, length) = word.run(value)?;
         if first.checked_add(length)? > self.capacity {
             return None;
         }
-        let (start, block) = self.blocks.range_mut(..=first).next_back()?;
-        (first < *start + block.length).then_some((*start, block))
+        self.block_at(first)
+    }
+
+    fn block_at(&mut self, slot: u32) -> Option<(u32, &mut BlockUse)> {
+        let (start, block) = self.blocks.range_mut(..=slot).next_back()?;
+        (slot < *start + block.length).then_some((*start, block))
     }
 
     /// The block, if this was the last word that pointed into it; it is neither in use nor free then.
     fn forget(&mut self, word: Word, value: u64) -> Option<(u32, u32)> {
-        let (start, block) = self.block_of(word, value)?;
+        let (start, _) = self.block_of(word, value)?;
+        self.forget_at(start)
+    }
+
+    fn forget_at(&mut self, start: u32) -> Option<(u32, u32)> {
+        let block = self.blocks.get_mut(&start)?;
         block.words = block.words.saturating_sub(1);
         if block.words > 0 {
             return None;

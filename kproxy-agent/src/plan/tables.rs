@@ -87,7 +87,7 @@ pub struct Tables {
 #[derive(Clone, Default, Debug)]
 pub(super) struct Number {
     pub words: [u64; 4],
-    pub info: Option<Box<ServiceInfo>>,
+    pub info: Option<Arc<ServiceInfo>>,
     pub frontend: Option<FrontendKey>,
     /// [`Port::id`] of the owner, as `service_info` says.
     pub port: Option<u32>,
@@ -218,6 +218,16 @@ impl Tables {
         self.services.keys().map(AsRef::as_ref)
     }
 
+    /// The frontends that one Service has.
+    pub fn frontends_of<'a>(&'a self, service: &ServiceKey) -> impl Iterator<Item = FrontendKey> + 'a {
+        self.owned_numbers(service).filter_map(|number| self.numbers[number as usize].frontend)
+    }
+
+    /// The addresses that one Service has.
+    pub fn addresses_of(&self, service: &ServiceKey) -> impl Iterator<Item = Address> {
+        self.services.get(service).into_iter().flat_map(|owned| owned.addresses.iter().copied())
+    }
+
     /// How many numbers can be given out at once. Those that wait for a grace period do not count.
     pub fn free_numbers(&self) -> u32 {
         self.free_numbers.free()
@@ -331,8 +341,8 @@ impl Tables {
         }
     }
 
-    pub(crate) fn wrote_info(&mut self, number: u32, info: &ServiceInfo, port: &Arc<Port>) {
-        self.number_state(number).info = Some(Box::new(*info));
+    pub(crate) fn wrote_info(&mut self, number: u32, info: &Arc<ServiceInfo>, port: &Arc<Port>) {
+        self.number_state(number).info = Some(info.clone());
         self.leftovers.numbers.remove(&number);
         self.own(number, port);
     }

@@ -1,12 +1,19 @@
 //! Loading: the embedded object, over the maps that are pinned already or are made now.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
-use aya::{Ebpf, EbpfLoader, maps::MapData, programs::Program};
-use kproxy_common::map_names as names;
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, MapData},
+    programs::Program,
+};
+use kproxy_common::{Address, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 /// The compiled programs, `cargo xtask build` puts them here.
@@ -103,6 +110,39 @@ impl Programs {
         load(None, capacities)
     }
 
+    /// Makes `device` say these addresses (IPv4, IPv6) for each interface. An element that must change is deleted
+    /// first: programs may be reading it.
+    pub fn mask_addresses(&mut self, wanted: &BTreeMap<u32, (Option<IpAddr>, Option<IpAddr>)>) -> Result<()> {
+        let map = self.ebpf.map_mut(names::DEVICE).context("the map device is missing from this binary")?;
+        let mut map: HashMap<_, u32, [u8; 32]> = HashMap::try_from(map)?;
+        let wanted: BTreeMap<u32, [u8; 32]> = wanted
+            .iter()
+            .map(|(index, (v4, v6))| {
+                let octets = |address: &Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
+                let mut bytes = [0; 32];
+                bytes[..16].copy_from_slice(&octets(v4, Address::UNSPECIFIED_V4));
+                bytes[16..].copy_from_slice(&octets(v6, Address::UNSPECIFIED));
+                (*index, bytes)
+            })
+            .collect();
+        let present: BTreeMap<u32, [u8; 32]> = map.iter().collect::<Result<_, _>>()?;
+        let mut deleted = false;
+        for (index, bytes) in &present {
+            if wanted.get(index) != Some(bytes) {
+                map.remove(index)?;
+                deleted = true;
+            }
+        }
+        let mut missing = wanted.iter().filter(|(index, bytes)| present.get(index) != Some(bytes)).peekable();
+        if deleted && missing.peek().is_some() {
+            crate::maps::grace_period()?;
+        }
+        for (index, bytes) in missing {
+            map.insert(index, bytes, 0)?;
+        }
+        Ok(())
+    }
+
     /// Each program with the instructions that the kernel holds of it and those that its verifier walked.
     pub fn sizes(&self) -> Vec<(String, u32, Option<u32>)> {
         let mut sizes: Vec<_> = self
@@ -161,6 +201,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::COUNTER,
         names::REASON,
         names::CONFIG,
+        names::DEVICE,
         names::OWNER,
     ]
 }
@@ -222,7 +263,7 @@ fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
 /// Key and value sizes in octets, as this version lays them out.
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
-        Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, Flow, FlowKey, FrontendKey,
+        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, Flow, FlowKey, FrontendKey,
         Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
@@ -238,6 +279,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::COUNTER => (4, size_of::<Counters>()),
         names::REASON => (4, 8),
         names::CONFIG => (4, size_of::<Config>()),
+        names::DEVICE => (4, size_of::<DeviceAddresses>()),
         names::OWNER => (4, size_of::<Owner>()),
         _ => return None,
     };

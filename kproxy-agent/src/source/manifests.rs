@@ -10,6 +10,7 @@ mod files;
 mod holdings;
 mod parallel;
 mod pending;
+mod plain;
 mod reader;
 mod said;
 mod watches;

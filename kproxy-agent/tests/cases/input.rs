@@ -78,12 +78,8 @@ impl Case {
             header.lines().filter(|line| line.starts_with("# ")).count() >= 2,
             "the first lines name the rule and its source"
         );
-        let mut case = Self {
-            header,
-            config: Flags::default().config()?,
-            steps: Vec::new(),
-            sources: Vec::new(),
-        };
+        let mut case =
+            Self { header, config: Flags::default().config()?, steps: Vec::new(), sources: Vec::new() };
         for part in parts {
             let (source, tables) = match part.split_once(TABLES) {
                 Some((source, tables)) => (source, tables),
@@ -147,7 +143,9 @@ impl Event {
             Kind::ServiceCidr => Change::ServiceCidr(key.name, self.read_as()),
             Kind::LocalAddresses => {
                 let addresses: Option<Box<Vec<String>>> = self.read_as();
-                Change::LocalAddresses(addresses.iter().flat_map(|list| list.iter()).map(|ip| ip_of(ip)).collect())
+                Change::LocalAddresses(
+                    addresses.iter().flat_map(|list| list.iter()).map(|ip| ip_of(ip)).collect(),
+                )
             }
         }
     }

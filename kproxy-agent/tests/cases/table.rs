@@ -38,7 +38,8 @@ fn print_port(out: &mut String, service: &WantedService, port: &WantedPort) {
     let separator = if port.name.is_empty() { "" } else { ":" };
     let name = format!("{}{separator}{}", service.key, port.name);
     for frontend in &port.frontends {
-        let WantedFrontend { key, kind, policy, inside, outside, source_ranges, pass_through_rule } = frontend;
+        let WantedFrontend { key, kind, policy, inside, outside, source_ranges, pass_through_rule } =
+            frontend;
         let at = socket(&key.address(), key.port());
         let _ = write!(out, "  {at}/{} {kind:?} {name} policy={policy:?}", protocol(key.protocol()));
         let _ = write!(out, " inside={} outside={}", side(inside, port), side(outside, port));

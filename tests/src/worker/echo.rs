@@ -7,6 +7,7 @@ use std::thread;
 
 use super::protocol::{Answer, WireFamily};
 use super::sockets::{Failed, tcp_server, udp_answer, udp_receive, udp_server};
+use super::transfer::{self, Transfer};
 
 /// Starts a server for TCP and UDP, both families. Bound when this returns.
 pub fn start(name: &str, port: u16) -> Result<(), Failed> {
@@ -36,14 +37,24 @@ fn serve_tcp(listener: &TcpListener, name: &str) {
     }
 }
 
-/// Answers each line of a connection, until the client closes.
+/// Answers each line of a connection, until the client closes; a line may ask for a transfer.
 fn converse(stream: TcpStream, name: &str) -> std::io::Result<()> {
     let client = stream.peer_addr()?;
     let local = stream.local_addr()?;
     stream.set_nodelay(true)?;
     let mut to = stream.try_clone()?;
-    for line in BufReader::new(stream).lines() {
-        let answer = Answer { server: name.to_owned(), client, local, data: line? };
+    let mut from = BufReader::new(stream);
+    let mut line = String::new();
+    while from.read_line(&mut line)? != 0 {
+        let data = line.trim_end().to_owned();
+        line.clear();
+        if let Some(asked) = Transfer::asked(&data) {
+            transfer::receive(&mut from, asked.up)?;
+            to.write_all(transfer::RECEIVED.as_bytes())?;
+            transfer::send(&mut to, asked.down)?;
+            continue;
+        }
+        let answer = Answer { server: name.to_owned(), client, local, data };
         let mut text = serde_json::to_string(&answer)?;
         text.push('\n');
         to.write_all(text.as_bytes())?;

@@ -8,6 +8,7 @@ mod echo;
 mod protocol;
 mod serve;
 mod sockets;
+mod transfer;
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr};
@@ -152,6 +153,16 @@ impl Worker {
         let answer = self.tcp_ask(socket.id, "hello");
         self.close(socket.id)?;
         answer
+    }
+
+    /// Sends so many bytes to an echo server on an open connection, then receives so many; both
+    /// sides check each byte. 10 s at most without progress.
+    ///
+    /// # Errors
+    /// With the errno of what failed: EPIPE when the server did not get what was sent, EBADMSG when
+    /// what came back is not what it sent.
+    pub fn tcp_transfer(&self, id: Id, up: u64, down: u64) -> WorkerResult<()> {
+        self.call(&Request::TcpTransfer { id, up, down, timeout_ms: 10_000 })
     }
 
     /// Makes a UDP socket.

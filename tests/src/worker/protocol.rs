@@ -27,6 +27,12 @@ pub enum Request {
         host: String,
         timeout_ms: u64,
     },
+    TcpTransfer {
+        id: Id,
+        up: u64,
+        down: u64,
+        timeout_ms: u64,
+    },
     UdpSocket {
         family: WireFamily,
         bind: Option<SocketAddr>,

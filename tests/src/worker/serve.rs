@@ -12,7 +12,10 @@ use serde_json::{Value, json};
 use super::burst::Burst;
 use super::echo;
 use super::protocol::{Datagram, Id, Reply, Request, Socket};
-use super::sockets::{Failed, Named as _, http_get, tcp_connect, tcp_exchange, udp_connect, udp_socket};
+use super::sockets::{
+    Failed, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect, udp_socket,
+};
+use super::transfer::Transfer;
 
 /// Reads requests until the other side closes.
 pub fn serve() -> ExitCode {
@@ -87,6 +90,11 @@ fn perform(
             let stream = sockets.tcp.get_mut(&id).ok_or_else(|| no_such(id))?;
             let body = http_get(stream, &host, Duration::from_millis(timeout_ms))?;
             Ok(json!(body))
+        }
+        Request::TcpTransfer { id, up, down, timeout_ms } => {
+            let stream = sockets.tcp.get_mut(&id).ok_or_else(|| no_such(id))?;
+            tcp_transfer(stream, Transfer { up, down }, Duration::from_millis(timeout_ms))?;
+            Ok(Value::Null)
         }
         Request::UdpSocket { family, bind } => {
             let socket = udp_socket(family, bind)?;

@@ -13,6 +13,7 @@ use nix::sys::socket::{
 };
 
 use super::protocol::WireFamily;
+use super::transfer::{self, Transfer};
 
 /// A system call that failed.
 #[derive(Clone, Copy, Debug)]
@@ -72,13 +73,26 @@ pub fn tcp_exchange(
     receive_line(stream)
 }
 
+/// Asks an echo server for a transfer and does its part, within a time for each system call.
+pub fn tcp_transfer(
+    stream: &mut BufReader<TcpStream>,
+    asked: Transfer,
+    timeout: Duration,
+) -> Result<(), Failed> {
+    send_within(stream, &format!("{}\n", asked.line()), timeout)?;
+    transfer::send(stream.get_mut(), asked.up).named("send")?;
+    if receive_line(stream)? != transfer::RECEIVED.trim_end() {
+        return Err(Failed { call: "recv", errno: Errno::EPROTO });
+    }
+    transfer::receive(stream, asked.down).map_err(|error| Failed {
+        call: "recv",
+        errno: error.raw_os_error().map_or(Errno::EBADMSG, Errno::from_raw),
+    })
+}
+
 /// Asks for `/` on a connection that stays open, and reads the answer's body, within a time for each
 /// system call.
-pub fn http_get(
-    stream: &mut BufReader<TcpStream>,
-    host: &str,
-    timeout: Duration,
-) -> Result<String, Failed> {
+pub fn http_get(stream: &mut BufReader<TcpStream>, host: &str, timeout: Duration) -> Result<String, Failed> {
     let strange = Failed { call: "recv", errno: Errno::EPROTO };
     send_within(stream, &format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"), timeout)?;
     if !receive_line(stream)?.starts_with("HTTP/1.1 ") {

@@ -41,7 +41,9 @@ fn read(report: &mut Report, slice: &k8s::EndpointSlice) -> Option<EndpointSlice
         service: service.as_str().into(),
         family,
         ports: ports.filter_map(|(at, port)| read_port(report, at, port)).collect(),
-        endpoints: endpoints.filter_map(|(at, endpoint)| read_endpoint(report, at, family, endpoint)).collect(),
+        endpoints: endpoints
+            .filter_map(|(at, endpoint)| read_endpoint(report, at, family, endpoint))
+            .collect(),
     })
 }
 
@@ -54,7 +56,12 @@ fn read_port(report: &mut Report, at: usize, written: &k8s::EndpointPort) -> Opt
     Some(EndpointPort { name: name.into(), protocol, number })
 }
 
-fn read_endpoint(report: &mut Report, at: usize, family: Family, written: &k8s::Endpoint) -> Option<Endpoint> {
+fn read_endpoint(
+    report: &mut Report,
+    at: usize,
+    family: Family,
+    written: &k8s::Endpoint,
+) -> Option<Endpoint> {
     let Some(first) = written.addresses.first() else {
         let message = "the endpoint has no address; it is skipped";
         report.add(ProblemKind::Address, format!("endpoints[{at}].addresses"), message);
@@ -62,7 +69,8 @@ fn read_endpoint(report: &mut Report, at: usize, family: Family, written: &k8s::
     };
     let address = address(report, format_args!("endpoints[{at}].addresses[0]"), first)?;
     if Family::of(&address) != family {
-        let message = format!("{address} is no {} address, as addressType says; it is skipped", family.text());
+        let message =
+            format!("{address} is no {} address, as addressType says; it is skipped", family.text());
         report.add(ProblemKind::Family, format!("endpoints[{at}].addresses[0]"), message);
         return None;
     }

@@ -23,7 +23,8 @@ pub fn node(node: &core::Node) -> Parsed<Node> {
             "ExternalIP" => 1,
             _ => continue,
         };
-        if let Some(ip) = address(&mut report, format_args!("status.addresses[{at}].address"), &entry.address) {
+        if let Some(ip) = address(&mut report, format_args!("status.addresses[{at}].address"), &entry.address)
+        {
             found.push((rank, ip));
         }
     }

@@ -22,7 +22,11 @@ const MAX_AFFINITY_TIMEOUT: i32 = 86_400;
 
 /// The Service `service` with namespace and name `key`. `extra_annotations` are read after
 /// `kubernetes.io/elb.pass-through`, and like it.
-pub fn service(key: &Arc<ServiceKey>, service: &k8s::Service, extra_annotations: &[String]) -> Parsed<Service> {
+pub fn service(
+    key: &Arc<ServiceKey>,
+    service: &k8s::Service,
+    extra_annotations: &[String],
+) -> Parsed<Service> {
     let mut report = Report::new(ObjectRef::service(key));
     let nothing = k8s::ServiceSpec::default();
     let spec = service.spec.as_ref().unwrap_or(&nothing);
@@ -89,7 +93,8 @@ fn report_missing_cluster_ip(report: &mut Report, spec: &k8s::ServiceSpec) {
     if spec.type_.as_deref() == Some("ExternalName") || written_cluster_ips(spec).next().is_some() {
         return;
     }
-    let message = "it is empty, so the Service is not served; write the address, or None for a headless Service";
+    let message =
+        "it is empty, so the Service is not served; write the address, or None for a headless Service";
     report.add(ProblemKind::Address, "spec.clusterIP", message);
 }
 
@@ -99,7 +104,8 @@ fn kind(report: &mut Report, written: Option<&str>) -> ServiceKind {
         Some("NodePort") => ServiceKind::NodePort,
         Some("LoadBalancer") => ServiceKind::LoadBalancer,
         Some(other) => {
-            let message = format!("{} is no type of Service; its addresses are served as they stand", quoted(other));
+            let message =
+                format!("{} is no type of Service; its addresses are served as they stand", quoted(other));
             report.add(ProblemKind::Value, "spec.type", message);
             ServiceKind::ClusterIp
         }
@@ -194,7 +200,9 @@ fn ports(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[ServicePort]> {
     let mut seen = BTreeSet::new();
     let mut read = Vec::new();
     for (at, written) in spec.ports.iter().flatten().enumerate() {
-        let Some(number) = port(report, format_args!("spec.ports[{at}].port"), written.port) else { continue };
+        let Some(number) = port(report, format_args!("spec.ports[{at}].port"), written.port) else {
+            continue;
+        };
         let field = format!("spec.ports[{at}].protocol");
         let Some(protocol) = protocol(report, field, written.protocol.as_deref()) else { continue };
         let name = written.name.as_deref().unwrap_or_default();

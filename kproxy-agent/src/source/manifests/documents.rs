@@ -1,30 +1,47 @@
 //! From the text of a file to objects: YAML in several documents, JSON, and lists of objects. Pure.
 
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use serde::de::DeserializeOwned;
+use serde::Deserializer;
+use serde::de::{DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
+use super::plain;
 use crate::source::object::{Kind, Object, ObjectKey};
 use crate::source::problem::ProblemKind;
 
 /// How deep `kind: List` may hold lists.
 const LIST_DEPTH: usize = 4;
 
-/// A part of a file that is read by itself: what stands between two `---` of YAML, or all of a JSON file.
+/// A part of a file that is read by itself: what stands between two `---` of YAML, an item of a list in YAML, or
+/// all of a JSON file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Document<'a> {
     /// The line of the file that it begins on, from 1.
     pub(super) line: usize,
-    /// Its text; a `---` that it begins with is part of it.
+    /// Its text; the `---` or `-` that it begins with is part of it.
     pub(super) text: &'a str,
+    /// Whether it is an item of a list.
+    pub(super) is_item: bool,
 }
 
 impl Document<'_> {
+    /// For an item of a list its text with a space for the dash: a mapping, whose columns are still the file's.
+    fn as_item(&self) -> Option<String> {
+        if !self.is_item {
+            return None;
+        }
+        let content = self.text.trim_start_matches(' ');
+        let rest = content.strip_prefix("- ")?;
+        Some(format!("{}  {rest}", &self.text[..self.text.len() - content.len()]))
+    }
+
     /// The same text has the same number, wherever it stands.
     pub(super) fn hash(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        self.text.trim_end().hash(&mut hasher);
+        let text = if is_marker(self.text, "---") { &self.text[3..] } else { self.text };
+        text.trim_start_matches(['\r', '\n']).trim_end().hash(&mut hasher);
         hasher.finish()
     }
 }
@@ -54,33 +71,85 @@ pub(super) struct Flaw {
 }
 
 /// Splits YAML into documents at `---` and `...`, which at the begin of a line mean nothing else, wherever they
-/// stand (YAML 1.2.2, 9.1.2). Parts with nothing but comments and directives are left out.
+/// stand (YAML 1.2.2, 9.1.2). Parts with nothing but comments and directives are left out. Of a `kind: List` the
+/// items are the documents.
 pub(super) fn split_yaml(text: &str) -> Vec<Document<'_>> {
     let mut documents = Vec::new();
+    let mut add = |line, text| {
+        let document = Document { line, text, is_item: false };
+        match split_list(document) {
+            Some(items) => documents.extend(items),
+            None => documents.push(document),
+        }
+    };
     let (mut begin, mut begin_line, mut has_content) = (0, 1, false);
-    let mut at = 0;
-    for (number, line) in (1..).zip(text.split_inclusive('\n')) {
+    for (number, at, line) in lines(text) {
         let starts = is_marker(line, "---");
         if starts || is_marker(line, "...") {
             if has_content {
-                documents.push(Document { line: begin_line, text: &text[begin..at] });
+                add(begin_line, &text[begin..at]);
             }
             begin = if starts { at } else { at + line.len() };
             begin_line = if starts { number } else { number + 1 };
             has_content = starts && !is_blank(&line[3..]);
         } else {
-            has_content |= !is_blank(line) && !line.starts_with('%');
+            has_content = has_content || (!is_blank(line) && !line.starts_with('%'));
         }
-        at += line.len();
     }
     if has_content {
-        documents.push(Document { line: begin_line, text: &text[begin..] });
+        add(begin_line, &text[begin..]);
     }
     documents
 }
 
+/// The items of a `kind: List`, each with the `- ` that it begins with, where they can be told apart without
+/// parsing: in block style nothing that belongs to an item stands as far left as the `- ` does. So a list of
+/// ten thousand objects is never a single tree in memory, and its items are read in parallel.
+fn split_list(document: Document<'_>) -> Option<Vec<Document<'_>>> {
+    let text = document.text;
+    // An alias may refer to an anchor in another item.
+    if top_level_type(text) != Some(("v1", "List")) || text.contains(" &") {
+        return None;
+    }
+    let mut items = Vec::new();
+    // Where the current item begins; how far the items are indented.
+    let mut begin: Option<(usize, usize)> = None;
+    let mut indent = None;
+    let mut in_items = false;
+    for (number, at, line) in lines(text) {
+        let content = line.trim_start_matches(' ');
+        let line_indent = line.len() - content.len();
+        if is_blank(line) || (begin.is_some() && indent.is_some_and(|indent| line_indent > indent)) {
+            continue;
+        }
+        if let Some((line, from)) = begin.take() {
+            items.push(Document { line: document.line + line - 1, text: &text[from..at], is_item: true });
+        }
+        if in_items && content.starts_with("- ") && *indent.get_or_insert(line_indent) == line_indent {
+            begin = Some((number, at));
+        } else if line_indent > 0 {
+            if in_items {
+                return None;
+            }
+        } else {
+            let key = content.trim_end();
+            // A second `items` is an error that is for the parser to find, as is whatever else is odd here.
+            in_items = key == "items:" && indent.is_none();
+            if key.starts_with("items:") && !in_items {
+                return None;
+            }
+        }
+    }
+    if let Some((line, from)) = begin {
+        items.push(Document { line: document.line + line - 1, text: &text[from..], is_item: true });
+    }
+    (!items.is_empty()).then_some(items)
+}
+
 /// Reads one document of YAML. Of Nodes only the one called `node_name` is taken.
 pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
+    let item = document.as_item();
+    let document = item.as_deref().map_or(document, |text| Document { text, ..document });
     let mut parsed = Parsed::default();
     // Nearly all documents say what they are on lines of their own: these are read straight into their type,
     // which is faster than by way of a tree, takes less memory, and lets errors name the line.
@@ -104,7 +173,7 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
             None => parsed.flaws.push(unknown_kind(api_version, kind)),
         },
         _ => match yaml::<Value>(document) {
-            Ok(value) => parsed.add_value(value, &format!("line {}", document.line), None, LIST_DEPTH, node_name),
+            Ok(value) => parsed.add_value(value, &format!("line {}: ", document.line), None, LIST_DEPTH, node_name),
             Err(flaw) => parsed.flaws.push(flaw),
         },
     }
@@ -114,22 +183,30 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
 /// Reads the text of a JSON file: one value, or several one after the other.
 pub(super) fn parse_json(text: &str, node_name: &str) -> Parsed {
     let mut parsed = Parsed::default();
-    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-    loop {
-        let line = 1 + text[..values.byte_offset()].matches('\n').count();
-        match values.next() {
-            None => return parsed,
-            Some(Ok(value)) => parsed.add_value(value, &format!("line {line}"), None, LIST_DEPTH, node_name),
-            Some(Err(error)) => {
-                parsed.flaws.push(Flaw {
-                    kind: ProblemKind::Syntax,
-                    what: format!("broken JSON: {error}"),
-                    mend: "correct it there; what stands before it is read".to_owned(),
-                });
-                return parsed;
-            }
+    let mut json = serde_json::Deserializer::from_str(text);
+    // Values are counted: their lines are known to the deserializer only when it stumbles.
+    for number in 1.. {
+        let place = if number == 1 { String::new() } else { format!("value {number}: ") };
+        match json.end() {
+            Ok(()) => break,
+            Err(error) if error.is_eof() => break,
+            Err(_) => {}
+        }
+        let value = Streamed { parsed: &mut parsed, place: &place, node_name };
+        if let Err(error) = value.deserialize(&mut json) {
+            let (kind, trouble) = match error.is_data() {
+                true => (ProblemKind::InvalidObject, "this is no Kubernetes object"),
+                false => (ProblemKind::Syntax, "broken JSON"),
+            };
+            parsed.flaws.push(Flaw {
+                kind,
+                what: format!("{place}{trouble}: {error}"),
+                mend: "correct it there; what stands before it is read".to_owned(),
+            });
+            break;
         }
     }
+    parsed
 }
 
 impl Parsed {
@@ -166,7 +243,7 @@ impl Parsed {
             _ => {
                 self.flaws.push(Flaw {
                     kind: ProblemKind::InvalidObject,
-                    what: format!("{place}: this is no Kubernetes object: apiVersion or kind is missing"),
+                    what: format!("{place}this is no Kubernetes object: apiVersion or kind is missing"),
                     mend: "add them, or take it out of the folder".to_owned(),
                 });
                 return;
@@ -181,13 +258,13 @@ impl Parsed {
         if depth == 0 {
             return self.flaws.push(Flaw {
                 kind: ProblemKind::InvalidObject,
-                what: format!("{place}: lists within lists, more than {LIST_DEPTH} deep"),
+                what: format!("{place}lists within lists, more than {LIST_DEPTH} deep"),
                 mend: "write the objects themselves into the list".to_owned(),
             });
         }
         let inherited = (!item_kind.is_empty()).then_some((api_version.as_str(), item_kind));
         for (index, item) in std::mem::take(items).into_iter().enumerate() {
-            self.add_value(item, &format!("{place}: items[{index}]"), inherited, depth - 1, node_name);
+            self.add_value(item, &format!("{place}items[{index}]: "), inherited, depth - 1, node_name);
         }
     }
 
@@ -201,7 +278,7 @@ impl Parsed {
             Kind::Node => serde_json::from_value(value).map(Object::Node),
             Kind::ServiceCidr => serde_json::from_value(value).map(Object::ServiceCidr),
         };
-        let place = || format!("{place}: the {} {name}", kind.name());
+        let place = || format!("{place}the {} {name}", kind.name());
         match object {
             Ok(object) => self.add(object, hasher.finish(), node_name, place),
             Err(error) => self.flaws.push(Flaw {
@@ -210,6 +287,93 @@ impl Parsed {
                 mend: "correct the field; the object is skipped until then".to_owned(),
             }),
         }
+    }
+}
+
+/// A JSON object that may be a list: its items are taken one by one, so that there is never a tree of all of
+/// them, which would be thirty times as big as the text.
+struct Streamed<'a> {
+    parsed: &'a mut Parsed,
+    place: &'a str,
+    node_name: &'a str,
+}
+
+impl<'de> DeserializeSeed<'de> for Streamed<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Streamed<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let Streamed { parsed, place, node_name } = self;
+        let mut rest = serde_json::Map::new();
+        let mut items = Parsed::default();
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "items" {
+                let untyped = map.next_value_seed(Items { parsed: &mut items, place, node_name })?;
+                rest.insert(key, Value::Array(untyped));
+            } else {
+                rest.insert(key, map.next_value()?);
+            }
+        }
+        let is_list = rest.get("kind").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("List"));
+        if is_list {
+            parsed.objects.append(&mut items.objects);
+            parsed.flaws.append(&mut items.flaws);
+        }
+        parsed.add_value(Value::Object(rest), place, None, LIST_DEPTH, node_name);
+        Ok(())
+    }
+}
+
+/// The items of a list: those that say what they are become objects at once, the others are returned.
+struct Items<'a> {
+    parsed: &'a mut Parsed,
+    place: &'a str,
+    node_name: &'a str,
+}
+
+impl<'de> DeserializeSeed<'de> for Items<'_> {
+    type Value = Vec<Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Value>, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Items<'_> {
+    type Value = Vec<Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of objects")
+    }
+
+    fn visit_unit<E>(self) -> Result<Vec<Value>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Value>, A::Error> {
+        let mut untyped = Vec::new();
+        let mut index = 0;
+        while let Some(item) = seq.next_element::<Value>()? {
+            if item.get("kind").is_some() {
+                let place = format!("{}items[{index}]: ", self.place);
+                self.parsed.add_value(item, &place, None, LIST_DEPTH - 1, self.node_name);
+            } else {
+                untyped.push(item);
+            }
+            index += 1;
+        }
+        Ok(untyped)
     }
 }
 
@@ -229,10 +393,19 @@ fn is_blank(line: &str) -> bool {
 /// would say so: it compares both.
 fn top_level_type(text: &str) -> Option<(&str, &str)> {
     let (mut api_version, mut kind) = (None, None);
-    for line in text.lines() {
-        if let Some(value) = line.strip_prefix("apiVersion:") {
+    let mut indent = None;
+    for (_, _, line) in lines(text) {
+        let content = line.trim_start_matches(' ');
+        if is_blank(content) || content.starts_with("---") {
+            continue;
+        }
+        let line_indent = line.len() - content.len();
+        if line_indent > *indent.get_or_insert(line_indent) {
+            continue;
+        }
+        if let Some(value) = content.strip_prefix("apiVersion:") {
             api_version = Some(plain_scalar(value)?);
-        } else if let Some(value) = line.strip_prefix("kind:") {
+        } else if let Some(value) = content.strip_prefix("kind:") {
             kind = Some(plain_scalar(value)?);
         }
         if let (Some(api_version), Some(kind)) = (api_version, kind) {
@@ -240,6 +413,16 @@ fn top_level_type(text: &str) -> Option<(&str, &str)> {
         }
     }
     None
+}
+
+/// The lines of a text: number from 1, offset, and the line with its end.
+fn lines(text: &str) -> impl Iterator<Item = (usize, usize, &str)> {
+    let mut at = 0;
+    (1..).zip(text.split_inclusive('\n')).map(move |(number, line)| {
+        let begin = at;
+        at += line.len();
+        (number, begin, line)
+    })
 }
 
 /// A scalar of letters, digits, `.`, `/`, `-`, quoted or not, with or without a comment after it.
@@ -254,7 +437,17 @@ fn plain_scalar(value: &str) -> Option<&str> {
 
 /// Reads a document into a type.
 fn yaml<T: DeserializeOwned>(document: Document<'_>) -> Result<T, Flaw> {
-    let size = document.text.len();
+    // Nearly always the short way; what goes wrong on it is for the parser to say, which knows the line.
+    if let Some(json) = plain::to_json(document.text)
+        && let Ok(value) = serde_json::from_str(&json)
+    {
+        return Ok(value);
+    }
+    yaml_parser(document.text).map_err(|error| yaml_flaw(&error, document))
+}
+
+/// Reads any YAML into a type.
+pub(super) fn yaml_parser<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
     let limits = serde_saphyr::Budget::default();
     let options = serde_saphyr::options! {
         // As the API server: an annotation `true` or a label `1.0` without quotes is no string.
@@ -262,13 +455,13 @@ fn yaml<T: DeserializeOwned>(document: Document<'_>) -> Result<T, Flaw> {
         with_snippet: false,
         // Every event but a replayed alias takes a byte of text, so that these bound only what aliases blow up.
         budget: serde_saphyr::budget! {
-            max_events: limits.max_events.max(size),
-            max_nodes: limits.max_nodes.max(size),
-            max_total_scalar_bytes: limits.max_total_scalar_bytes.max(size),
-            max_total_comment_bytes: limits.max_total_comment_bytes.max(size),
+            max_events: limits.max_events.max(text.len()),
+            max_nodes: limits.max_nodes.max(text.len()),
+            max_total_scalar_bytes: limits.max_total_scalar_bytes.max(text.len()),
+            max_total_comment_bytes: limits.max_total_comment_bytes.max(text.len()),
         },
     };
-    serde_saphyr::from_str_with_options(document.text, options).map_err(|error| yaml_flaw(&error, document))
+    serde_saphyr::from_str_with_options(text, options)
 }
 
 fn yaml_flaw(error: &serde_saphyr::Error, document: Document<'_>) -> Flaw {

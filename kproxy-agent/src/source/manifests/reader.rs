@@ -70,6 +70,8 @@ struct FileRead {
 
 enum Content {
     Documents(Vec<DocumentRead>),
+    /// Nothing at all, not even a comment.
+    Empty,
     /// Too long for one thread.
     Long(String),
 }
@@ -195,6 +197,15 @@ impl Reader {
                 Err(ReadError::Flaw(flaw)) => {
                     let mut pass = self.begin(path, None);
                     pass.flaws.push(flaw);
+                    self.finish(pass, touched, emit);
+                }
+                Ok((stamp, Content::Empty)) => {
+                    let mut pass = self.begin(path, Some(stamp));
+                    pass.flaws.push(Flaw {
+                        kind: ProblemKind::EmptyFile,
+                        what: "it is empty".to_owned(),
+                        mend: "remove it, or write a comment into it, if nothing is to be served from it".to_owned(),
+                    });
                     self.finish(pass, touched, emit);
                 }
                 Ok((stamp, Content::Long(text))) => long.push((path, stamp, text)),
@@ -381,6 +392,8 @@ fn read_file(path: Arc<Path>, known: &KnownDocuments, node_name: &str) -> FileRe
     let content = files::read(&path).map(|(stamp, text)| {
         let content = if text.len() > PIECE_BYTES {
             Content::Long(text)
+        } else if text.trim().is_empty() {
+            Content::Empty
         } else {
             Content::Documents(read_documents(language, language.split(&text), known, node_name))
         };
@@ -403,7 +416,7 @@ impl Language {
 
     fn split(self, text: &str) -> Vec<Document<'_>> {
         match self {
-            Language::Json => vec![Document { line: 1, text }],
+            Language::Json => vec![Document { line: 1, text, is_item: false }],
             Language::Yaml => documents::split_yaml(text),
         }
     }
@@ -443,9 +456,13 @@ fn pieces(documents: Vec<Document<'_>>) -> Vec<Vec<Document<'_>>> {
     pieces
 }
 
-/// Whether an object of the file may be hidden by such a flaw.
+/// Whether an object of the file may be hidden by such a flaw. A file that was emptied is one whose text got
+/// lost, by a full disk or a write that was cut off.
 fn hides_objects(kind: ProblemKind) -> bool {
-    matches!(kind, ProblemKind::Syntax | ProblemKind::InvalidObject | ProblemKind::UnreadableFile)
+    matches!(
+        kind,
+        ProblemKind::Syntax | ProblemKind::InvalidObject | ProblemKind::UnreadableFile | ProblemKind::EmptyFile
+    )
 }
 
 /// The same flaw is said once, with how often it is there; in the order of the first.

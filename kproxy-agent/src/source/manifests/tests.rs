@@ -1,7 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
@@ -183,6 +182,10 @@ fn a_file_that_breaks_keeps_what_it_had() {
     stepped.scan();
     assert_eq!(stepped.received.names(), ["one", "three", "two"]);
     assert_eq!(stepped.received.kinds(), [(ProblemKind::UnreadableFile, 1)]);
+    folder.write("a.yaml", "");
+    stepped.scan();
+    assert_eq!(stepped.received.names(), ["one", "three", "two"]);
+    assert_eq!(stepped.received.kinds(), [(ProblemKind::EmptyFile, 1)]);
     folder.write("a.yaml", &service("one", "10.96.0.1"));
     stepped.scan();
     assert_eq!((stepped.received.names(), stepped.received.kinds()), (vec!["one"], vec![]));

@@ -75,6 +75,32 @@ fn a_list_is_its_items_whether_they_say_what_they_are_or_not() {
 }
 
 #[test]
+fn the_items_of_a_list_are_documents_of_their_own() {
+    for indent in ["", "  "] {
+        let text = format!(
+            "apiVersion: v1\nitems:\n{indent}- apiVersion: v1\n{indent}  kind: Service\n{indent}  metadata:\n\
+             {indent}    name: a\n# between\n{indent}- kind: Service\n{indent}  apiVersion: v1\n\
+             {indent}  metadata: {{name: b}}\n{indent}  spec:\n{indent}    ports:\n{indent}    - port: x\nkind: List\n\
+             metadata:\n  resourceVersion: \"\"\n"
+        );
+        let begins: Vec<_> = split_yaml(&text).iter().map(|document| document.line).collect();
+        assert_eq!(begins, [3, 8], "{text}");
+        let parsed = yaml_file(&text);
+        assert_eq!(names(&parsed), ["Service default/a"]);
+        assert!(flaw(&parsed).1.starts_with(&format!("line 13, column {}", indent.len() + 13)), "{:?}", parsed.flaws);
+    }
+    for whole in [
+        "apiVersion: v1\nkind: List\nitems: []\n",
+        "apiVersion: v1\nkind: List\nitems:\n- a: &x 1\n- a: *x\n",
+        "apiVersion: v1\nkind: List\nitems:\n- a: 1\n - b: 1\n",
+        "apiVersion: v1\nkind: List\nitems:\n- a: 1\nitems:\n- b: 1\n",
+        "apiVersion: v1\nkind: Service\nitems:\n- a: 1\n",
+    ] {
+        assert_eq!(split_yaml(whole).len(), 1, "{whole}");
+    }
+}
+
+#[test]
 fn a_broken_document_is_named_with_its_line_and_the_others_are_read() {
     let parsed = yaml_file(&format!("{SERVICE}---\napiVersion: v1\nkind: Service\nmetadata: [\n---\n{SERVICE}"));
     assert_eq!(parsed.objects.len(), 2);
@@ -132,7 +158,7 @@ fn json_may_hold_several_values_and_what_stands_before_an_error_counts() {
     assert!(kind == ProblemKind::Syntax && what.contains("line 2 column"), "{what}");
     let parsed = parse_json(r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"ports":3}}"#, "");
     let (kind, what) = flaw(&parsed);
-    assert!(kind == ProblemKind::InvalidObject && what.starts_with("line 1: the Service a: "), "{what}");
+    assert!(kind == ProblemKind::InvalidObject && what.starts_with("the Service a: "), "{what}");
 }
 
 #[test]
@@ -175,4 +201,7 @@ fn the_same_text_has_the_same_number_and_an_equal_item_of_a_list_too() {
     let [first, second, third] = hashes(&list(&format!("{one},{same},{other}")))[..] else { panic!("three items") };
     assert_eq!(first, second);
     assert_ne!(first, third);
+    let no_list = format!(r#"{{"items":[{one}],"apiVersion":"v1","kind":"ConfigMap"}}"#);
+    let parsed = parse_json(&no_list, "");
+    assert_eq!((parsed.objects.len(), flaw(&parsed).0), (0, ProblemKind::UnknownKind));
 }

@@ -1,0 +1,277 @@
+//! `kproxy agent`: ties the stages together. One task owns the model, the tables and the programs, and takes in
+//! one event after the other; sources and devices are tasks of their own.
+
+mod config;
+mod host;
+mod sync;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result};
+use kproxy_common::{Address, LAYOUT_VERSION, Owner};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use crate::{
+    cli::{AgentArgs, Common},
+    commands::UsageError,
+    devices::{self, Devices, Selection},
+    maps::kernel::{KernelMaps, owner_text},
+    model::{Change, Model},
+    node::{self, Lock},
+    programs::{Attached, Capacities, Programs, has_tcx, namespace_cookie},
+    source::{Event, Source, manifests},
+};
+use sync::Syncer;
+
+/// Runs the agent until it is told to stop. The dataplane stays.
+pub fn run(common: &Common, args: &AgentArgs) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(serve(common, args))
+}
+
+async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
+    let mut stop = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+
+    let node_name = config::node_name(&args.node)?;
+    // Wrong flags are told before anything is touched.
+    config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
+    config::programs(args, 0, [0, 0], &[])?;
+    let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
+    let root = common.bpf_root.as_path();
+    host::lift_memory_limit();
+    crate::programs::check_bpf_root(root)?;
+    let _lock = Lock::take(root, || owner_text(root))?;
+    let programs = Programs::load(root, &Capacities::default())?;
+    let mut maps = KernelMaps::open(root)?;
+    maps.write_owner(&owner(&node_name))?;
+    let (tables, problems) = maps.restore()?;
+    for problem in problems {
+        tracing::warn!("the maps held what does not fit together, and it is written anew: {problem}");
+    }
+    host::reserve_ports(config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
+
+    let (sender, mut device_events) = mpsc::channel(4);
+    let mut watcher = tokio::spawn(devices::watch(sender));
+    let first = device_events.recv().await.context("cannot follow the interfaces")?;
+    let local = local_addresses(&first);
+    let model = Model::new(config::model(&node_name, &args.node, &args.rules, local)?);
+    let cookie = namespace_cookie().context("cannot tell this network namespace")?.unwrap_or(0);
+    let mut agent = Agent {
+        args,
+        model,
+        syncer: Syncer::new(tables, maps),
+        attached: Attached::new(root, !has_tcx())?,
+        programs,
+        devices: first,
+        cgroup,
+        cookie,
+        is_synced: false,
+        is_attached: false,
+        failed_devices: BTreeMap::new(),
+    };
+    tracing::info!(
+        node = node_name,
+        cgroup = %agent.cgroup.display(),
+        bpf_root = %root.display(),
+        tcx = has_tcx(),
+        "starting: the maps hold {} frontends",
+        agent.syncer.frontends()
+    );
+    let mut source = start_source(args, &node_name)?;
+    loop {
+        let timer = agent.syncer.next_try();
+        tokio::select! {
+            event = source.next() => {
+                let event = event.context("the source of Services has ended unexpectedly")?;
+                agent.on_event(event)?;
+            }
+            devices = device_events.recv() => match devices {
+                Some(devices) => agent.on_devices(devices)?,
+                None => return (&mut watcher).await.context("the interfaces are no longer followed")?,
+            },
+            () = wait_until(timer) => agent.sync()?,
+            _ = stop.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping: maps and programs stay, and go on working");
+    Ok(())
+}
+
+struct Agent<'a> {
+    args: &'a AgentArgs,
+    model: Model,
+    syncer: Syncer<KernelMaps>,
+    programs: Programs,
+    attached: Attached,
+    devices: Devices,
+    cgroup: std::path::PathBuf,
+    cookie: u64,
+    is_synced: bool,
+    is_attached: bool,
+    failed_devices: BTreeMap<String, String>,
+}
+
+impl Agent<'_> {
+    fn on_event(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Change(change) => self.model.apply(change),
+            Event::Synced => self.is_synced = true,
+            Event::Problem(_) => {}
+            Event::Flush => self.sync()?,
+        }
+        Ok(())
+    }
+
+    fn on_devices(&mut self, devices: Devices) -> Result<()> {
+        let before = local_addresses(&self.devices);
+        self.devices = devices;
+        let now = local_addresses(&self.devices);
+        if self.is_attached {
+            self.attach_devices();
+        }
+        if before != now {
+            self.model.apply(Change::LocalAddresses(now));
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Computes what follows from the events so far, and writes it. The first time, the programs are attached
+    /// afterwards: what they would find before is not yet what it should be.
+    fn sync(&mut self) -> Result<()> {
+        if !self.is_synced {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let update = self.model.recompute();
+        let compute = started.elapsed();
+        for problem in &update.new_problems {
+            tracing::warn!(
+                kind = problem.kind.word(),
+                object = %problem.object,
+                field = problem.field,
+                "{}",
+                problem.message
+            );
+        }
+        for problem in &update.gone_problems {
+            tracing::info!(object = %problem.object, field = problem.field, "resolved: {}", problem.message);
+        }
+        if let Some(node) = &update.node {
+            let seed = self.syncer.maps().hash_seed()?;
+            let config = config::programs(self.args, self.cookie, seed, &node.service_cidrs)?;
+            self.syncer.maps().write_config(&config)?;
+        }
+        let looked_at = update.services.len();
+        let has_news = looked_at > 0 || update.node.is_some() || !self.is_attached;
+        let report = self.syncer.sync(update, SystemTime::now());
+        for (party, error) in &report.failed {
+            tracing::error!(service = %party, "cannot be written and is tried again: {error}");
+        }
+        if !self.is_attached {
+            self.attach()?;
+        }
+        if has_news || report.counts.writes() > 0 {
+            tracing::info!(
+                services = self.syncer.services(),
+                frontends = self.syncer.frontends(),
+                changed = looked_at,
+                writes = report.counts.writes(),
+                calls = report.calls,
+                failed = report.failed.len(),
+                compute_us = compute.as_micros() as u64,
+                total_us = started.elapsed().as_micros() as u64,
+                "synced"
+            );
+        }
+        // Off the critical path: what was just written is in force already.
+        self.syncer.settle(SystemTime::now());
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Result<()> {
+        self.attached.socket_hooks(&mut self.programs, &self.cgroup)?;
+        self.is_attached = true;
+        self.attach_devices();
+        tracing::info!(interfaces = self.attached.device_count(), "attached");
+        Ok(())
+    }
+
+    fn attach_devices(&mut self) {
+        let selection =
+            Selection { only: self.args.devices.clone(), exclude: self.args.exclude_devices.clone() };
+        let node_addresses = self.node_addresses();
+        let wanted = devices::hooked(&self.devices, &selection, &node_addresses);
+        self.attached.sweep(&wanted);
+        let failed: BTreeMap<String, String> = self
+            .attached
+            .devices(&mut self.programs, &wanted)
+            .into_iter()
+            .map(|(device, error)| (device, format!("{error:#}")))
+            .collect();
+        for (device, error) in &failed {
+            // An interface that is gone already is no news; the kernel will say so.
+            if self.failed_devices.get(device) != Some(error) {
+                tracing::warn!(interface = device, "has no packet programs: {error}");
+            }
+        }
+        self.failed_devices = failed;
+        if let Err(error) = self.programs.mask_addresses(&devices::mask_addresses(&self.devices)) {
+            tracing::error!("clients cannot be masked on interfaces that came or changed: {error:#}");
+        }
+    }
+
+    /// The node's own addresses, by which its uplink is told from pods' interfaces.
+    fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        self.model.node_addresses().iter().copied().map(IpAddr::from).collect()
+    }
+}
+
+fn start_source(args: &AgentArgs, node_name: &str) -> Result<Source> {
+    if !args.source.manifests.is_empty() {
+        return Ok(manifests::follow(&args.source.manifests, node_name));
+    }
+    Err(UsageError("name --manifests".into()).into())
+}
+
+fn local_addresses(devices: &Devices) -> BTreeSet<Address> {
+    devices::local_addresses(devices).into_iter().map(Address::from).collect()
+}
+
+async fn wait_until(time: Option<SystemTime>) {
+    match time {
+        Some(time) => {
+            let left = time.duration_since(SystemTime::now()).unwrap_or(Duration::ZERO);
+            tokio::time::sleep(left).await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn owner(node_name: &str) -> Owner {
+    fn padded<const N: usize>(text: &str) -> [u8; N] {
+        let mut bytes = [0; N];
+        let length = text.len().min(N - 1);
+        bytes[..length].copy_from_slice(&text.as_bytes()[..length]);
+        bytes
+    }
+    Owner {
+        layout_version: LAYOUT_VERSION,
+        pid: std::process::id(),
+        started: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        node: padded(node_name),
+        version: padded(env!("CARGO_PKG_VERSION")),
+    }
+}

@@ -1,0 +1,68 @@
+//! The last stages together: what the model wants into the maps.
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use crate::{
+    maps::{MapWriter, Reconciler, Report},
+    model::Update,
+    plan::Tables,
+    wanted::WantedService,
+};
+
+/// The reconciler and the maps that it writes.
+pub struct Syncer<W> {
+    reconciler: Reconciler,
+    maps: W,
+    is_first: bool,
+}
+
+impl<W: MapWriter> Syncer<W> {
+    /// From the tables as `maps` hold them.
+    pub fn new(tables: Tables, maps: W) -> Self {
+        Self { reconciler: Reconciler::new(tables), maps, is_first: true }
+    }
+
+    /// Writes what `update` brings, and what failed before and is due. The first update is the complete list.
+    pub fn sync(&mut self, update: Update, now: SystemTime) -> Report {
+        let Update { services, node, new_problems: _, gone_problems: _ } = update;
+        if std::mem::take(&mut self.is_first) {
+            let all: BTreeMap<_, WantedService> =
+                services.into_iter().filter_map(|(key, wanted)| Some((key, wanted?))).collect();
+            self.reconciler.want_all(all, now);
+        } else {
+            self.reconciler.want(services, now);
+        }
+        if let Some(node) = node {
+            self.reconciler.want_node_addresses(node.node_port_addresses, now);
+        }
+        self.reconciler.run(&mut self.maps, now)
+    }
+
+    /// Makes free what the last writes took out of use.
+    pub fn settle(&mut self, now: SystemTime) {
+        let report = self.reconciler.settle(&mut self.maps, now);
+        for (party, error) in report.failed {
+            tracing::error!(service = %party, "what is no longer used cannot be freed: {error}");
+        }
+    }
+
+    /// When something that failed is tried again.
+    pub fn next_try(&self) -> Option<SystemTime> {
+        self.reconciler.status().next_try()
+    }
+
+    /// The maps.
+    pub fn maps(&mut self) -> &mut W {
+        &mut self.maps
+    }
+
+    /// How many frontends the maps hold.
+    pub fn frontends(&self) -> usize {
+        self.reconciler.tables().frontends().count()
+    }
+
+    /// How many Services have something in the maps.
+    pub fn services(&self) -> usize {
+        self.reconciler.tables().services().count()
+    }
+}

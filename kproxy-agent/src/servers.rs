@@ -1,0 +1,190 @@
+//! The agent's HTTP servers: health, metrics, and the Services' health checks, with kube-proxy's paths, status
+//! codes, bodies and names.
+//!
+//! What they answer is a function of [`State`], which the agent's loop tells what happens; [`Servers`] and
+//! [`HealthCheckListeners`] are the sockets in front of it.
+
+mod address;
+mod configz;
+mod exposition;
+mod health;
+mod health_checks;
+mod listen;
+mod listeners;
+mod metrics;
+mod readings;
+mod routes;
+#[cfg(test)]
+mod testing;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use k8s_openapi::api::core::v1::Node;
+
+use self::listen::{Bind, Listening, News, RETRY, listen};
+pub use self::{
+    address::{BindAddress, BindAddressError},
+    configz::{KubeProxyConfiguration, configz},
+    health::{FamilyReport, Health, HealthReport, Moment, TIMEOUT},
+    health_checks::{HealthCheck, HealthCheckAnswer},
+    listeners::{HealthCheckListeners, ListenFailure},
+    metrics::{Changed, Metrics, PolicySide, ProblemOrigin, SyncKind},
+    readings::{Readings, ServiceCounters},
+    routes::PROXY_MODE,
+};
+use crate::{model::objects::Family, wanted::ServiceKey};
+
+/// What the servers know. Cheap to clone; all clones are the same.
+#[derive(Clone, Debug)]
+pub struct State(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    health: Mutex<Health>,
+    health_checks: Mutex<BTreeMap<u16, HealthCheck>>,
+    metrics: Metrics,
+    configz: String,
+}
+
+impl State {
+    /// Of an agent that starts serving these families: healthy, its node not seen yet. `configz` is the body of
+    /// [`configz`].
+    pub fn new(families: impl IntoIterator<Item = Family>, now: Moment, metrics: Metrics, configz: String) -> Self {
+        Self(Arc::new(Inner {
+            health: Mutex::new(Health::new(families, now)),
+            health_checks: Mutex::default(),
+            metrics,
+            configz,
+        }))
+    }
+
+    /// Everything that is counted and measured.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// A change came that is to be written.
+    pub fn queued(&self, family: Family, now: Moment) {
+        self.health().queued(family, now);
+        self.0.metrics.queued(family, now.wall);
+    }
+
+    /// Everything that waited is written.
+    pub fn written(&self, family: Family, now: Moment) {
+        self.health().written(family, now);
+        self.0.metrics.written(family, now.wall);
+    }
+
+    /// Something could not be written and is tried again.
+    pub fn write_failed(&self, family: Family, now: Moment) {
+        self.health().write_failed(family, now);
+        self.0.metrics.write_failed(family);
+    }
+
+    /// The own Node came or changed. When it is deleted, nothing is called: the last one seen counts.
+    pub fn node_seen(&self, node: &Node) {
+        self.health().node_seen(node);
+    }
+
+    /// What `/healthz` answers; counts the answer.
+    pub fn healthz(&self, now: Moment) -> HealthReport {
+        let report = self.health().healthz(now);
+        self.0.metrics.healthz_answered(status(&report));
+        report
+    }
+
+    /// What `/livez` answers; counts the answer.
+    pub fn livez(&self, now: Moment) -> HealthReport {
+        let report = self.health().livez(now);
+        self.0.metrics.livez_answered(status(&report));
+        report
+    }
+
+    /// What a listener of `family` on this `healthCheckNodePort` answers; `None` if no Service has the port.
+    pub fn health_check(&self, port: u16, family: Family, now: Moment) -> Option<HealthCheckAnswer> {
+        let is_healthy = self.health().is_healthy(now);
+        self.health_checks().get(&port).map(|check| check.answer(family, is_healthy))
+    }
+
+    fn configz(&self) -> String {
+        self.0.configz.clone()
+    }
+
+    fn set_health_checks(&self, checks: BTreeMap<u16, HealthCheck>) {
+        *self.health_checks() = checks;
+    }
+
+    fn health_check_service(&self, port: u16) -> Option<ServiceKey> {
+        self.health_checks().get(&port).map(|check| check.service.clone())
+    }
+
+    // What is locked is whole between any two statements, so a panic elsewhere does not spoil it.
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn health_checks(&self) -> MutexGuard<'_, BTreeMap<u16, HealthCheck>> {
+        self.0.health_checks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The two servers of the agent itself; they are closed when this is dropped.
+#[derive(Debug)]
+pub struct Servers {
+    _listening: Vec<Listening>,
+}
+
+impl Servers {
+    /// Serves from now on. An address that cannot be bound is logged and tried again every five seconds; it
+    /// never stops the agent. Must be called in a tokio runtime.
+    pub fn start(state: &State, healthz: BindAddress, metrics: BindAddress) -> Self {
+        let healthz = healthz.get().map(|address| serve_healthz(state, address, RETRY));
+        let metrics = metrics.get().map(|address| serve_metrics(state, address, RETRY));
+        Self { _listening: healthz.into_iter().chain(metrics).collect() }
+    }
+}
+
+fn serve_healthz(state: &State, address: SocketAddr, retry: Duration) -> Listening {
+    let report = reporter("healthz", "--healthz-bind-address", address);
+    listen(Bind::Both(address), routes::healthz(state), retry, report)
+}
+
+fn serve_metrics(state: &State, address: SocketAddr, retry: Duration) -> Listening {
+    let report = reporter("metrics", "--metrics-bind-address", address);
+    listen(Bind::Both(address), routes::metrics(state), retry, report)
+}
+
+fn reporter(server: &'static str, flag: &'static str, address: SocketAddr) -> impl Fn(News<'_>) + Send + 'static {
+    move |news| match news {
+        News::Failed(error) => tracing::error!(
+            "the {server} server cannot listen on {address}: {error}. {}, or give another address with {flag}; it is \
+             tried again every {} s, everything else goes on",
+            mend(error),
+            RETRY.as_secs()
+        ),
+        News::Listening(address) => tracing::info!("the {server} server listens on {address}"),
+    }
+}
+
+fn mend(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "End the program that has the port (is kube-proxy still running on this node?)",
+        io::ErrorKind::AddrNotAvailable => "Give the node this address",
+        io::ErrorKind::PermissionDenied => "Let the agent bind ports below 1024 (CAP_NET_BIND_SERVICE)",
+        _ => "Mend that",
+    }
+}
+
+fn status(report: &HealthReport) -> u16 {
+    if report.is_ok() { 200 } else { 503 }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,235 @@
+//! Objects from an API server, by lists and watches.
+//!
+//! One task for each kind keeps its list ([`watch`]); this merges them into one stream of events, says when the
+//! first lists are complete, and which problems there are. The API servers are dialled directly ([`servers`]):
+//! a proxy that needed a service address to learn about service addresses could never start on a fresh node.
+
+mod backoff;
+mod servers;
+mod trouble;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::object::Kind;
+use super::problem::{ProblemKind, SourceProblem};
+use super::{Event, Source};
+use crate::model::Change;
+use servers::Servers;
+use watch::{Selectors, Timing, Watch};
+
+pub use servers::{ConfigError, ConnectionSettings};
+
+/// How long the first list of what is not necessary is waited for: the own Node, and ServiceCIDRs.
+const OPTIONAL_WAIT: Duration = Duration::from_secs(30);
+
+/// While one batch follows the other, a flush comes after this many changes, so that the first are not kept
+/// waiting by the last.
+const FLUSH_CHANGES: usize = 4096;
+
+/// Batches that wait to be merged. Each is what one read from a socket held.
+const BATCHES_WAITING: usize = 16;
+
+/// Which API server, and who we are there.
+#[derive(Clone, Default, Debug)]
+pub struct KubernetesSettings {
+    /// How to reach the API servers.
+    pub connection: ConnectionSettings,
+    /// The name of this node's Node object.
+    pub node_name: String,
+}
+
+/// What a watch tells.
+#[derive(Debug)]
+enum Report {
+    /// Changes that were there at once.
+    Changes(Vec<Change>),
+    /// The first full list of this kind is complete, or will not be had.
+    Listed(Kind),
+    /// What is wrong with this kind's watch now, if anything.
+    Trouble(Kind, Option<SourceProblem>),
+}
+
+/// Lists and watches Services, EndpointSlices, the own Node and ServiceCIDRs. An API server that cannot be
+/// reached is no error here, but a problem among the events: it is tried until it can.
+///
+/// # Errors
+///
+/// No configuration was found, or it cannot be used.
+pub async fn watch(settings: KubernetesSettings) -> Result<Source, ConfigError> {
+    let servers = Arc::new(Servers::new(&settings.connection).await?);
+    Ok(start(servers, settings.node_name, Timing::default()))
+}
+
+fn start(servers: Arc<Servers>, node_name: String, timing: Timing) -> Source {
+    let (reports, received) = mpsc::channel(BATCHES_WAITING);
+    let mut watches = JoinSet::new();
+    let all = Selectors::default();
+    // All Services: the ClusterIPs of those that another proxy serves must be known too.
+    watches.spawn(Watch::<Service>::new(servers.clone(), all.clone(), timing, reports.clone()).run());
+    let with_address = Selectors { labels: Some("!service.kubernetes.io/headless".to_owned()), ..all.clone() };
+    watches.spawn(Watch::<EndpointSlice>::new(servers.clone(), with_address, timing, reports.clone()).run());
+    let own = Selectors { fields: Some(format!("metadata.name={node_name}")), ..all.clone() };
+    watches.spawn(Watch::<Node>::new(servers.clone(), own, timing, reports.clone()).run());
+    watches.spawn(Watch::<ServiceCIDR>::new(servers, all, timing, reports).run());
+    Source::spawn(|events| merge(watches, received, Merged::new(node_name), events))
+}
+
+/// Passes on what the watches report. Ends, and ends the watches, when nobody listens.
+async fn merge(
+    mut watches: JoinSet<()>,
+    mut reports: mpsc::Receiver<Report>,
+    mut merged: Merged,
+    events: mpsc::Sender<Event>,
+) {
+    let deadline = Instant::now() + OPTIONAL_WAIT;
+    let mut received = Vec::new();
+    let mut outgoing = Vec::new();
+    loop {
+        tokio::select! {
+            () = events.closed() => return,
+            // A watch ends only by a panic: without it the stream would be wrong, so the source ends.
+            _ = watches.join_next() => return,
+            count = reports.recv_many(&mut received, BATCHES_WAITING) => {
+                if count == 0 {
+                    return;
+                }
+            }
+            () = tokio::time::sleep_until(deadline), if !merged.waited => merged.waited = true,
+        }
+        loop {
+            received.drain(..).for_each(|report| merged.take(report, &mut outgoing));
+            merged.say_synced(&mut outgoing);
+            let changes = outgoing.len();
+            for event in outgoing.drain(..) {
+                if events.send(event).await.is_err() {
+                    return;
+                }
+            }
+            merged.unflushed += changes;
+            // More may have come meanwhile: it is taken along before the flush.
+            while let Ok(report) = reports.try_recv() {
+                received.push(report);
+            }
+            if received.is_empty() || merged.unflushed >= FLUSH_CHANGES {
+                let flush = merged.synced && merged.unflushed > 0;
+                merged.unflushed = 0;
+                if flush && events.send(Event::Flush).await.is_err() {
+                    return;
+                }
+            }
+            if received.is_empty() {
+                break;
+            }
+        }
+    }
+}
+
+/// What the reports of all watches amount to. No I/O.
+struct Merged {
+    node_name: String,
+    listed: [bool; 4],
+    node_seen: bool,
+    /// [`OPTIONAL_WAIT`] is over.
+    waited: bool,
+    synced: bool,
+    troubles: BTreeMap<Kind, SourceProblem>,
+    node_missing: Option<SourceProblem>,
+    /// Events since the last flush.
+    unflushed: usize,
+}
+
+impl Merged {
+    fn new(node_name: String) -> Self {
+        Merged {
+            node_name,
+            listed: [false; 4],
+            node_seen: false,
+            waited: false,
+            synced: false,
+            troubles: BTreeMap::new(),
+            node_missing: None,
+            unflushed: 0,
+        }
+    }
+
+    fn take(&mut self, report: Report, outgoing: &mut Vec<Event>) {
+        match report {
+            Report::Listed(kind) => self.listed[kind as usize] = true,
+            Report::Changes(changes) => {
+                for change in changes {
+                    if let Change::Node(node) = &change {
+                        self.see_node(node.is_some(), outgoing);
+                    }
+                    outgoing.push(Event::Change(change));
+                }
+            }
+            Report::Trouble(kind, trouble) => {
+                // That the API server cannot be reached is one problem, however many watches see it.
+                let is_there = |troubles: &BTreeMap<Kind, SourceProblem>, problem: &SourceProblem| {
+                    troubles.values().any(|other| other == problem)
+                };
+                let new = trouble.clone().filter(|trouble| !is_there(&self.troubles, trouble));
+                let old = match trouble {
+                    Some(trouble) => self.troubles.insert(kind, trouble),
+                    None => self.troubles.remove(&kind),
+                };
+                if let Some(old) = old.filter(|old| !is_there(&self.troubles, old)) {
+                    say(old.resolve(), outgoing);
+                }
+                if let Some(new) = new {
+                    say(new, outgoing);
+                }
+            }
+        }
+    }
+
+    /// A Node that is deleted is no problem: what it was last still counts.
+    fn see_node(&mut self, is_there: bool, outgoing: &mut Vec<Event>) {
+        self.node_seen |= is_there;
+        if let Some(problem) = self.node_missing.take_if(|_| is_there) {
+            say(problem.resolve(), outgoing);
+        }
+    }
+
+    /// Says that the first lists are complete, if they are.
+    fn say_synced(&mut self, outgoing: &mut Vec<Event>) {
+        let listed = |kind: Kind| self.listed[kind as usize];
+        let optional = self.node_seen && listed(Kind::ServiceCidr);
+        if self.synced || !listed(Kind::Service) || !listed(Kind::EndpointSlice) || !(optional || self.waited) {
+            return;
+        }
+        self.synced = true;
+        if !self.node_seen {
+            let problem = SourceProblem::new(
+                ProblemKind::NodeMissing,
+                "nodes",
+                format!("no Node {} was seen; kproxy goes on without it", self.node_name),
+                "--node-name must be this node's name in the API",
+            );
+            say(problem.clone(), outgoing);
+            self.node_missing = Some(problem);
+        }
+        outgoing.push(Event::Synced);
+    }
+}
+
+fn say(problem: SourceProblem, outgoing: &mut Vec<Event>) {
+    problem.log();
+    outgoing.push(Event::Problem(problem));
+}
+
+#[cfg(test)]
+mod fake_api;
+#[cfg(test)]
+mod tests;

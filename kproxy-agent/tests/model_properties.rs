@@ -1,0 +1,214 @@
+//! Properties of the model over random histories: the way to a state does not matter, a second and naive
+//! reading of the rules allows the same backends, and no input makes it panic.
+
+#[path = "model_properties/generate.rs"]
+mod generate;
+#[path = "model_properties/naive.rs"]
+mod naive;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use generate::World;
+use kproxy::model::{Model, NodeConfig, Problem, Update, WantedNode};
+use kproxy::wanted::{ServiceKey, WantedFrontend, WantedPort, WantedService, WantedSide};
+use kproxy_common::{Address, FrontendKey, FrontendKind, Mode, Options};
+use proptest::prelude::*;
+
+fn runs(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(runs(1_500))]
+
+    /// Incremental equals from scratch, after any sequence of events, in any order; and whoever follows the
+    /// updates knows what the model knows.
+    #[test]
+    fn the_way_does_not_matter(
+        config in generate::config(),
+        steps in prop::collection::vec((generate::event(), any::<bool>()), 1..40),
+        seed in any::<usize>(),
+    ) {
+        let mut known = Known::new(config.clone());
+        let mut world = World::default();
+        for (event, is_recomputed) in steps {
+            known.model.apply(event.change());
+            world.apply(event);
+            if is_recomputed {
+                known.follow()?;
+            }
+        }
+        known.follow()?;
+        prop_assert_eq!(known.model.recompute(), Update::default(), "nothing changed, nothing to say");
+
+        let mut fresh = Known::new(config);
+        for change in world.changes(seed) {
+            fresh.model.apply(change);
+        }
+        fresh.follow()?;
+        prop_assert_eq!(&known.services, &fresh.services);
+        prop_assert_eq!(&known.node, &fresh.node);
+        prop_assert_eq!(&known.problems, &fresh.problems);
+    }
+
+    /// Every frontend leads to exactly the backends that the naive reading allows, masks whom it masks, and
+    /// lets in whom it lets in.
+    #[test]
+    fn the_naive_reading_agrees(
+        config in generate::config(),
+        events in prop::collection::vec(generate::event(), 1..25),
+        seed in any::<usize>(),
+    ) {
+        let mut world = World::default();
+        events.into_iter().for_each(|event| world.apply(event));
+        let mut known = Known::new(config.clone());
+        for change in world.changes(seed) {
+            known.model.apply(change);
+        }
+        known.follow()?;
+        let mut expected = naive::frontends(&config, &world);
+        for service in known.services.values() {
+            for (port, frontend) in service.ports.iter().flat_map(|port| port.frontends.iter().map(move |f| (port, f))) {
+                let naive = expected.remove(&frontend.key);
+                let Some(naive) = naive else {
+                    return Err(TestCaseError::fail(format!("nobody should have {:?}", frontend.key)));
+                };
+                prop_assert_eq!(&service.key, &naive.service, "{:?}", frontend.key);
+                prop_assert_eq!(frontend.kind, naive.kind, "{:?}", frontend.key);
+                prop_assert_eq!(side(&frontend.inside, port), naive.inside, "inside {:?}", frontend.key);
+                prop_assert_eq!(side(&frontend.outside, port), naive.outside, "outside {:?}", frontend.key);
+                prop_assert_eq!(port.affinity_timeout, naive.affinity_timeout, "{:?}", frontend.key);
+                let serving: BTreeSet<_> = port.backends.iter().map(|b| (b.address, b.port)).collect();
+                prop_assert_eq!(serving.len(), port.backends.len(), "each backend once");
+                prop_assert_eq!(serving, naive.serving, "{:?}", frontend.key);
+                for client in naive::sample_clients(&frontend.key) {
+                    let is_let_in = is_let_in(frontend, &client);
+                    prop_assert_eq!(is_let_in, (naive.lets_in)(&client), "{:?} from {}", frontend.key, client);
+                }
+            }
+        }
+        prop_assert!(expected.is_empty(), "missing: {:?}", expected.keys());
+    }
+}
+
+proptest! {
+    #![proptest_config(runs(300))]
+
+    /// Wild values, of any text and number, make no panic, and nothing that the tables could not hold.
+    #[test]
+    fn wild_objects_are_survived(
+        config in generate::config(),
+        events in prop::collection::vec(prop_oneof![generate::wild_event(), generate::event()], 1..20),
+    ) {
+        let mut known = Known::new(config);
+        for event in events {
+            known.model.apply(event.change());
+            known.follow()?;
+            known.check_tables()?;
+        }
+    }
+}
+
+/// More endpoints than a block can count: what fits is served, and the rest is named.
+#[test]
+fn what_does_not_fit_is_named() {
+    let mut known = Known::new(NodeConfig { node_name: "node-a".to_owned(), ..NodeConfig::default() });
+    for event in generate::service_with_endpoints(70_000) {
+        known.model.apply(event.change());
+    }
+    known.follow().unwrap();
+    known.check_tables().unwrap();
+    let port = &known.services.values().next().unwrap().ports[0];
+    assert_eq!(port.backends.len(), usize::from(u16::MAX));
+    assert_eq!(port.frontends[0].inside.count, u16::MAX);
+    let problem = known.problems.first().unwrap();
+    assert!(problem.message.contains(&format!("{}", 70_000 - usize::from(u16::MAX))), "{problem}");
+}
+
+/// A model, and what one knows who follows its updates.
+struct Known {
+    model: Model,
+    services: BTreeMap<ServiceKey, WantedService>,
+    node: Option<WantedNode>,
+    problems: BTreeSet<Problem>,
+}
+
+impl Known {
+    fn new(config: NodeConfig) -> Self {
+        Self { model: Model::new(config), services: BTreeMap::new(), node: None, problems: BTreeSet::new() }
+    }
+
+    fn follow(&mut self) -> Result<(), TestCaseError> {
+        let Update { services, node, new_problems, gone_problems } = self.model.recompute();
+        for (key, wanted) in services {
+            prop_assert!(wanted.as_ref().is_none_or(|wanted| wanted.key == key));
+            let before = match &wanted {
+                Some(wanted) => self.services.insert(key.clone(), wanted.clone()),
+                None => self.services.remove(&key),
+            };
+            prop_assert_ne!(&before, &wanted, "{} did not change", key);
+        }
+        if let Some(node) = node {
+            prop_assert_ne!(self.node.as_ref(), Some(&node));
+            self.node = Some(node);
+        }
+        for problem in gone_problems {
+            prop_assert!(self.problems.remove(&problem), "never came: {}", problem);
+        }
+        for problem in new_problems {
+            prop_assert!(self.problems.insert(problem.clone()), "came twice: {}", problem);
+        }
+        prop_assert!(self.model.problems().all(|problem| self.problems.contains(problem)));
+        prop_assert!(self.model.services().eq(self.services.values()));
+        Ok(())
+    }
+
+    /// What must be true of anything that goes into tables.
+    fn check_tables(&self) -> Result<(), TestCaseError> {
+        let mut frontends: BTreeSet<FrontendKey> = BTreeSet::new();
+        let mut addresses: BTreeSet<Address> = BTreeSet::new();
+        if let Some(node) = &self.node {
+            addresses.extend(&node.node_port_addresses);
+        }
+        for service in self.services.values() {
+            for (address, _) in &service.addresses {
+                prop_assert!(addresses.insert(*address), "{} has two owners", address);
+            }
+            for port in &service.ports {
+                prop_assert!(!port.frontends.is_empty());
+                prop_assert!(usize::from(port.in_sets) <= port.backends.len());
+                for frontend in &port.frontends {
+                    prop_assert!(frontends.insert(frontend.key), "{:?} has two owners", frontend.key);
+                    let is_any = frontend.key.address().is_unspecified();
+                    prop_assert_eq!(is_any, frontend.kind == FrontendKind::NodePort);
+                    let family = frontend.key.address().is_v4();
+                    prop_assert!(port.backends.iter().all(|backend| backend.address.is_v4() == family));
+                    for side in [&frontend.inside, &frontend.outside] {
+                        prop_assert!(
+                            side.offset.checked_add(side.count).is_some_and(|end| end <= port.in_sets)
+                        );
+                        prop_assert_eq!(side.mode == Mode::Forward && side.count == 0, false);
+                    }
+                    let is_restricted = frontend.inside.options & Options::SOURCE_RANGES != 0;
+                    prop_assert_eq!(is_restricted, !frontend.source_ranges.is_empty());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn side(side: &WantedSide, port: &WantedPort) -> naive::Side {
+    let run = usize::from(side.offset)..usize::from(side.offset) + usize::from(side.count);
+    naive::Side {
+        mode: side.mode,
+        backends: port.backends[run].iter().map(|backend| (backend.address, backend.port)).collect(),
+        masquerade: side.options & (Options::MASQUERADE | Options::MASQUERADE_REMOTE),
+        affinity: side.options & Options::AFFINITY != 0,
+    }
+}
+
+fn is_let_in(frontend: &WantedFrontend, client: &Address) -> bool {
+    frontend.inside.options & Options::SOURCE_RANGES == 0
+        || frontend.source_ranges.iter().any(|range| range.contains(client))
+}

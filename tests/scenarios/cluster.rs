@@ -1,0 +1,354 @@
+//! What the kproxy scenarios share: a lab with an agent on some of its nodes that follow one folder,
+//! and the questions that clients ask.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use kproxy_lab::{
+    Agent, Answer, EchoServer, Family, Lab, Manifests, Member, Node, Worker, WorkerError, WorkerResult,
+    wait_for,
+};
+use nix::errno::Errno;
+use serde_json::Value;
+
+use crate::objects::Service;
+
+/// The port that every backend serves at, and that Services lead to.
+pub const TARGET: u16 = 8080;
+
+/// How long a call may take that must get no answer.
+pub const SILENCE: Duration = Duration::from_millis(150);
+
+/// How long something that must come may take.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a refusal may take that comes from this node: less than the first retransmission.
+const AT_ONCE: Duration = Duration::from_millis(500);
+
+/// A lab with agents that follow one folder.
+pub struct Cluster {
+    pub lab: Lab,
+    pub folder: Manifests,
+    agents: BTreeMap<String, Agent>,
+}
+
+impl Cluster {
+    /// Starts an agent on each of these nodes, with these arguments and Services, and waits until
+    /// all is in the kernel.
+    pub fn start<'a>(
+        lab: Lab,
+        nodes: &[&str],
+        arguments: &[&str],
+        services: impl IntoIterator<Item = &'a Service>,
+    ) -> Result<Self> {
+        let folder = Manifests::create(lab.folder(), "manifests")?;
+        let mut cluster = Self { lab, folder, agents: BTreeMap::new() };
+        for service in services {
+            cluster.folder.write(&file_name(service.name()), &service.yaml())?;
+        }
+        cluster.start_agents(nodes, arguments)?;
+        Ok(cluster)
+    }
+
+    /// Starts agents, in place of those that run on the same nodes.
+    pub fn start_agents(&mut self, nodes: &[&str], arguments: &[&str]) -> Result<()> {
+        for name in nodes {
+            self.agents.remove(*name);
+            let agent = self.node(name)?.agent().manifests(&self.folder).args(arguments).start()?;
+            self.agents.insert((*name).to_owned(), agent);
+        }
+        for name in nodes {
+            self.agent(name)?.wait_synced().with_context(|| format!("the agent on {name}"))?;
+        }
+        Ok(())
+    }
+
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.lab.node(name)
+    }
+
+    pub fn agent(&mut self, node: &str) -> Result<&mut Agent> {
+        self.agents.get_mut(node).with_context(|| format!("there is no agent on {node}"))
+    }
+
+    /// Ends an agent as a crash of the whole process would, and forgets it.
+    pub fn forget_agent(&mut self, node: &str) {
+        self.agents.remove(node);
+    }
+
+    /// Writes Services into the folder and waits until every agent has them in the kernel.
+    pub fn put(&mut self, services: &[&Service]) -> Result<()> {
+        self.change(|folder| {
+            services.iter().try_for_each(|service| folder.write(&file_name(service.name()), &service.yaml()))
+        })
+    }
+
+    /// Takes a Service out of the folder and waits until every agent has noticed.
+    pub fn delete(&mut self, service: &Service) -> Result<()> {
+        self.change(|folder| folder.remove(&file_name(service.name())))
+    }
+
+    /// Changes the folder and waits until every agent has said that it is in the kernel.
+    pub fn change(&mut self, change: impl FnOnce(&Manifests) -> Result<()>) -> Result<()> {
+        for agent in self.agents.values_mut() {
+            agent.mark();
+        }
+        change(&self.folder)?;
+        for (name, agent) in &mut self.agents {
+            agent.wait_synced().with_context(|| format!("the agent on {name}, after a change"))?;
+        }
+        Ok(())
+    }
+
+    /// What `kproxy services -o json` prints on a node about one Service.
+    pub fn service(&self, node: &str, name: &str) -> Result<Value> {
+        service_view(self.node(node)?, name)
+    }
+
+    /// Echo servers in pods.
+    pub fn servers(&self, pods: &[&str]) -> Result<Vec<EchoServer>> {
+        pods.iter().map(|name| self.lab.pod(name)?.echo(TARGET)).collect()
+    }
+
+    /// A client at a pod, by its name.
+    pub fn pod(&self, name: &str) -> Result<Client> {
+        Client::at(self.lab.pod(name)?)
+    }
+
+    /// A client on a node itself.
+    pub fn host(&self, name: &str) -> Result<Client> {
+        let mut client = Client::at(self.node(name)?)?;
+        client.addresses = self.node(name)?.own_addresses()?.into_iter().collect();
+        Ok(client)
+    }
+}
+
+/// What `kproxy services -o json` prints about one Service of the namespace `default`.
+pub fn service_view(node: &Node, name: &str) -> Result<Value> {
+    let text = node.kproxy(&["services", "-o", "json"])?.success()?;
+    let mut list: Value = serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))?;
+    let items = list["items"].as_array_mut().with_context(|| format!("no items: {text}"))?;
+    let found = items.iter_mut().find(|item| item["namespace"] == "default" && item["name"] == name);
+    found.map(Value::take).with_context(|| format!("{name} is not among: {text}"))
+}
+
+/// A frontend in what `kproxy services -o json` prints about a Service.
+pub fn frontend<'a>(service: &'a Value, address: IpAddr, port: u16, protocol: &str) -> Result<&'a Value> {
+    let is = |one: &&Value| {
+        one["address"] == address.to_string() && one["port"] == port && one["protocol"] == protocol
+    };
+    let frontends = service["frontends"].as_array().into_iter().flatten();
+    frontends.into_iter().find(is).with_context(|| format!("no {address}:{port}/{protocol} in {service:#}"))
+}
+
+/// The file of a Service in the folder.
+pub fn file_name(service: &str) -> String {
+    format!("{service}.yaml")
+}
+
+/// Somebody who asks, and the addresses by which servers may see them.
+pub struct Client {
+    pub name: String,
+    pub worker: Worker,
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl Client {
+    pub fn at(member: &Member) -> Result<Self> {
+        let addresses = Family::BOTH.map(|family| member.ip(family)).into();
+        Ok(Self { name: member.name().to_owned(), worker: member.worker()?, addresses })
+    }
+
+    /// Asks until each of these servers has answered; every single answer must be right: from one of
+    /// them, by the address that was asked, with the client's own address seen.
+    pub fn reaches(&self, transport: Transport, to: SocketAddr, servers: &[&str]) -> Result<()> {
+        let what = format!("{} to {to}, {transport:?}", self.name);
+        let mut missing: BTreeSet<_> = servers.iter().copied().collect();
+        // With two servers, one in 2^39 runs misses one of them by chance.
+        for _ in 0..40 {
+            let answer = ask(&self.worker, transport, to).with_context(|| what.clone())?;
+            ensure!(servers.contains(&answer.server.as_str()), "{what}: answered by {answer:?}");
+            ensure!(self.addresses.contains(&canonical(answer.client.ip())), "{what}: seen as {answer:?}");
+            missing.remove(answer.server.as_str());
+            if missing.is_empty() {
+                return Ok(());
+            }
+        }
+        bail!("{what}: {missing:?} never answered")
+    }
+
+    /// The call must fail with ECONNREFUSED, and at once.
+    pub fn is_refused(&self, transport: Transport, to: SocketAddr) -> Result<()> {
+        let what = format!("{} to {to}, {transport:?}", self.name);
+        let start = Instant::now();
+        let error = match ask(&self.worker, transport, to) {
+            Err(error) => error,
+            Ok(answer) => bail!("{what}: {answer:?} where a refusal was expected"),
+        };
+        let call = match transport {
+            Transport::Tcp | Transport::UdpConnected => "connect",
+            Transport::UdpUnconnected => "sendto",
+        };
+        match &error {
+            Asked::Failed(WorkerError::Errno { call: failed, errno: Errno::ECONNREFUSED })
+                if failed == call => {}
+            _ => bail!("{what}: {error} where {call} was to give ECONNREFUSED"),
+        }
+        ensure!(start.elapsed() < AT_ONCE, "{what}: refused after {:?}", start.elapsed());
+        Ok(())
+    }
+
+    /// Nobody may answer, and nobody refuse.
+    pub fn gets_silence(&self, transport: Transport, to: SocketAddr) -> Result<()> {
+        let what = format!("{} to {to}, {transport:?}", self.name);
+        let worker = &self.worker;
+        let result = match transport {
+            Transport::Tcp => worker.tcp_connect_with(to, None, SILENCE).map(|socket| format!("{socket:?}")),
+            Transport::UdpConnected => udp(worker, family_of(to), |id| {
+                worker.udp_connect(id, to)?;
+                worker.udp_send(id, "hello")?;
+                Ok(worker.udp_receive(id, SILENCE)?.data)
+            }),
+            Transport::UdpUnconnected => udp(worker, family_of(to), |id| {
+                worker.udp_send_to(id, to, "hello")?;
+                Ok(worker.udp_receive(id, SILENCE)?.data)
+            }),
+        };
+        match result {
+            Err(error) if matches!(error.errno(), Some(Errno::ETIMEDOUT | Errno::EAGAIN)) => Ok(()),
+            other => bail!("{what}: {other:?} where silence was expected"),
+        }
+    }
+}
+
+/// How a client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Tcp,
+    UdpConnected,
+    UdpUnconnected,
+}
+
+impl Transport {
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::UdpConnected, Self::UdpUnconnected];
+}
+
+/// Why there is no right answer.
+#[derive(Debug)]
+pub enum Asked {
+    Failed(WorkerError),
+    /// The client saw another address than the one that it asked.
+    Shown(String),
+}
+
+impl std::error::Error for Asked {}
+
+impl Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Failed(error) => error.fmt(f),
+            Self::Shown(text) => f.write_str(text),
+        }
+    }
+}
+
+impl From<WorkerError> for Asked {
+    fn from(error: WorkerError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Asks an echo server once, on a new socket. What the client sees of the other side (getpeername,
+/// recvmsg) must be the address that it asked, and the server must see the client's own port.
+pub fn ask(worker: &Worker, transport: Transport, to: SocketAddr) -> Result<Answer, Asked> {
+    if transport == Transport::Tcp {
+        let socket = worker.tcp_connect(to)?;
+        let answer = worker.tcp_ask(socket.id, "hello");
+        let peer = worker.getpeername(socket.id);
+        worker.close(socket.id)?;
+        shown("getpeername", to, peer?)?;
+        return same_port(answer?, socket.local);
+    }
+    let socket = worker.udp_socket(family_of(to))?;
+    let result = (|| {
+        if transport == Transport::UdpConnected {
+            let connected = worker.udp_connect(socket.id, to)?;
+            shown("getpeername", to, connected.peer.unwrap_or(connected.local))?;
+            worker.udp_send(socket.id, "hello")?;
+        } else {
+            worker.udp_send_to(socket.id, to, "hello")?;
+        }
+        let datagram = worker.udp_receive(socket.id, Duration::from_secs(2))?;
+        shown("recvfrom", to, datagram.from)?;
+        let answer = serde_json::from_str(&datagram.data)
+            .map_err(|_| Asked::Shown(format!("no echo server answers like this: {:?}", datagram.data)))?;
+        same_port(answer, worker.names(socket.id)?.local)
+    })();
+    worker.close(socket.id)?;
+    result
+}
+
+fn shown(call: &str, asked: SocketAddr, seen: SocketAddr) -> Result<(), Asked> {
+    if asked == seen {
+        return Ok(());
+    }
+    Err(Asked::Shown(format!("{call} shows {seen} where {asked} was asked")))
+}
+
+fn same_port(answer: Answer, local: SocketAddr) -> Result<Answer, Asked> {
+    if answer.client.port() == local.port() {
+        return Ok(answer);
+    }
+    Err(Asked::Shown(format!("the server sees port {} of {local}", answer.client.port())))
+}
+
+fn udp<T>(worker: &Worker, family: Family, call: impl FnOnce(u64) -> WorkerResult<T>) -> WorkerResult<T> {
+    let socket = worker.udp_socket(family)?;
+    let result = call(socket.id);
+    worker.close(socket.id)?;
+    result
+}
+
+pub fn family_of(address: SocketAddr) -> Family {
+    if address.is_ipv4() { Family::V4 } else { Family::V6 }
+}
+
+/// IPv4 for its mapped form.
+fn canonical(address: IpAddr) -> IpAddr {
+    address.to_canonical()
+}
+
+/// Waits until a condition about an agent's output or a map holds; see [`wait_for`].
+pub fn eventually<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait_for(what, DEADLINE, condition)
+}
+
+/// Does all steps, also after one that failed, and names the ones that did.
+pub struct Steps {
+    failed: Vec<String>,
+}
+
+impl Steps {
+    pub fn new() -> Self {
+        Self { failed: Vec::new() }
+    }
+
+    pub fn step(&mut self, name: &str, step: impl FnOnce() -> Result<()>) {
+        let start = Instant::now();
+        match step() {
+            Ok(()) => eprintln!("  {name}: {:?}", start.elapsed()),
+            Err(error) => {
+                eprintln!("  {name}: FAILED: {error:#}");
+                self.failed.push(format!("{name}: {error:#}"));
+            }
+        }
+    }
+
+    pub fn done(self) -> Result<()> {
+        ensure!(self.failed.is_empty(), "{} failed:\n  {}", self.failed.len(), self.failed.join("\n  "));
+        Ok(())
+    }
+}

@@ -1,0 +1,118 @@
+//! Interfaces and addresses that come and go while the agent runs.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
+
+use crate::Scenario;
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually};
+use crate::objects::{Service, cluster_ip};
+
+pub const SCENARIOS: &[Scenario] =
+    &[("kproxy::pods_that_come_later_are_served", later_pods), ("kproxy::devices_are_chosen", chosen)];
+
+fn lab(ctx: &Context, cni: Cni) -> Result<Lab> {
+    ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]).cni(cni)).client("client"))
+}
+
+fn later_pods(ctx: &Context) -> Result<()> {
+    let mut steps = Steps::new();
+    for cni in [Cni::RoutedVeth, Cni::Bridge] {
+        let lab = lab(ctx, cni)?;
+        let web = Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080).local();
+        let cidrs = format!("{SERVICES_V4},{SERVICES_V6}");
+        let services = [web.clone().pods(&[lab.pod("a2")?])];
+        let mut cluster = Cluster::start(lab, &["node-a"], &["--service-cidr", &cidrs], &services)?;
+        let _server = cluster.servers(&["a2"])?;
+        steps.step(&format!("{cni:?}"), || comes_and_goes(&mut cluster, &web));
+        drop((cluster, _server));
+        ctx.forget_labs();
+    }
+    steps.done()
+}
+
+fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
+    let node = cluster.node("node-a")?.clone();
+    let pod = node.add_pod("a9", 2)?;
+    let veth = veth_name("a9");
+    let index = node.interface_index(&veth)?;
+    eventually("programs on the new interface", || Ok((attached(&node, &veth)? == 2).then_some(())))?;
+    ensure!(pinned(&node, index)? == 2, "{} pins for {veth}", pinned(&node, index)?);
+
+    let client = Client::at(&pod)?;
+    let outside = Client::at(cluster.lab.host("client")?)?;
+    for family in Family::BOTH {
+        for transport in Transport::ALL {
+            client.reaches(transport, SocketAddr::new(web.cluster_ip(family), 80), &["a2"])?;
+            // Dropped by the packet hook of its interface.
+            client.gets_silence(transport, SocketAddr::new(cluster_ip(99, family), 80))?;
+        }
+        // A route of its own to the gateway would show.
+        client.gets_silence(Transport::Tcp, "192.88.99.1:80".parse()?)?;
+        ensure!(cluster.lab.strays_to(cluster_ip(99, family))? == 0, "it left the node");
+    }
+    eventually("another packet at the gateway", || {
+        Ok((cluster.lab.strays_to("192.88.99.1".parse()?)? > 0).then_some(()))
+    })?;
+
+    // It becomes a backend, for clients inside and outside.
+    let _server = pod.echo(TARGET)?;
+    cluster.put(&[&web.clone().pods(&[cluster.lab.pod("a2")?, &pod])])?;
+    let other = cluster.pod("a1")?;
+    for family in Family::BOTH {
+        for transport in Transport::ALL {
+            let node_port = SocketAddr::new(node.ip(family), 30_080);
+            other.reaches(transport, SocketAddr::new(web.cluster_ip(family), 80), &["a2", "a9"])?;
+            outside.reaches(transport, node_port, &["a2", "a9"])?;
+        }
+    }
+    cluster.put(&[&web.clone().pods(&[cluster.lab.pod("a2")?])])?;
+    drop((client, _server));
+    node.remove_pod(pod)?;
+    eventually("no pins of the interface", || Ok((pinned(&node, index)? == 0).then_some(())))
+}
+
+/// `--devices` and `--exclude-devices`; an agent that is started with others takes its own off.
+fn chosen(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx, Cni::RoutedVeth)?;
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [])?;
+    let node = cluster.node("node-a")?.clone();
+    let mut steps = Steps::new();
+    for (arguments, expected) in [
+        (&[][..], [2, 2, 2, 0]),
+        (&["--devices", "eth*"], [2, 0, 0, 0]),
+        (&["--exclude-devices", "v-a1"], [2, 0, 2, 0]),
+        (&["--devices", "eth0,v-*", "--exclude-devices", "v-a2"], [2, 2, 0, 0]),
+        (&[], [2, 2, 2, 0]),
+    ] {
+        steps.step(&format!("{arguments:?}"), || {
+            cluster.start_agents(&["node-a"], arguments)?;
+            let mut seen = [0; 4];
+            for (name, count) in ["eth0", "v-a1", "v-a2", "lo"].iter().zip(&mut seen) {
+                *count = attached(&node, name)?;
+            }
+            ensure!(seen == expected, "programs on eth0, v-a1, v-a2, lo: {seen:?}, not {expected:?}");
+            Ok(())
+        });
+    }
+    steps.done()
+}
+
+/// How many programs hang on an interface.
+fn attached(node: &Node, interface: &str) -> Result<usize> {
+    let text = node.run(&["bpftool", "net", "show", "dev", interface])?.success()?;
+    Ok(text.lines().filter(|line| line.starts_with(&format!("{interface}("))).count())
+}
+
+/// How many links of an interface are pinned.
+fn pinned(node: &Node, index: u32) -> Result<usize> {
+    let folder = node.bpf_root().join("links");
+    let entries = std::fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut count = 0;
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        count += usize::from(name.starts_with(&format!("tc_{index}_")));
+    }
+    Ok(count)
+}

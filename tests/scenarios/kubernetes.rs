@@ -1,0 +1,254 @@
+//! The same against a real kube-apiserver: what kubectl applies changes what a connection does.
+
+use std::fs;
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{
+    Agent, BurstSpec, Check, Context, ControlPlane, ElbSpec, Family, Frontend, Lab, LogLine, Node, NodeSpec,
+};
+use nix::sys::signal::Signal;
+
+use crate::Scenario;
+use crate::cluster::{Client, DEADLINE, SILENCE, Steps, TARGET, Transport, ask, eventually, service_view};
+use crate::control::manifests;
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[("kubernetes::kubectl_changes_what_a_connection_does", connections)];
+
+const NODE_PORT: u16 = 30_080;
+const ELB: &str = "kubernetes.io/elb.pass-through";
+
+/// A lab with a control plane, and an agent as a cluster would run it.
+struct Cluster {
+    lab: Lab,
+    control: ControlPlane,
+    agent: Agent,
+    node: Node,
+}
+
+fn start(ctx: &Context) -> Result<Cluster> {
+    let lab =
+        ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"])).elb(ElbSpec::new()).control())?;
+    let control = ControlPlane::start(&lab, &ControlPlane::assets()?)?;
+    for file in manifests()? {
+        control.apply(&fs::read_to_string(&file)?).with_context(|| file.display().to_string())?;
+    }
+    let node = lab.node("node-a")?.clone();
+    control.apply(&node_object(&node))?;
+    // What the manifests allow is all that it has.
+    let access = control.kubeconfig_for_service_account("kube-system", "kproxy")?;
+    let mut agent = node.agent().kubeconfig(&access).start()?;
+    agent.wait_synced()?;
+    Ok(Cluster { lab, control, agent, node })
+}
+
+fn node_object(node: &Node) -> String {
+    format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: {}, labels: {{topology.kubernetes.io/zone: z1}}}}\n",
+        node.name()
+    )
+}
+
+impl Cluster {
+    fn apply(&self, service: &Service) -> Result<()> {
+        self.control.apply(&service.yaml())?;
+        // As the cloud's controller does; `apply` leaves the status alone.
+        let patch = format!("{{\"status\": {}}}", service.status());
+        let arguments = ["patch", "service", service.name(), "--subresource=status", "--type=merge", "-p"];
+        self.control.kubectl(&[&arguments[..], &[&patch]].concat())?.success()?;
+        Ok(())
+    }
+
+    fn client(&self) -> Result<Client> {
+        Client::at(self.lab.pod("a1")?)
+    }
+
+    fn reaches_soon(&self, client: &Client, to: SocketAddr, server: &str) -> Result<()> {
+        eventually(&format!("{to} answered by {server}"), || {
+            let answer = ask(&client.worker, Transport::Tcp, to)?;
+            Ok((answer.server == server).then_some(()))
+        })?;
+        for transport in Transport::ALL {
+            client.reaches(transport, to, &[server])?;
+        }
+        Ok(())
+    }
+}
+
+fn connections(ctx: &Context) -> Result<()> {
+    let mut cluster = start(ctx)?;
+    let client = cluster.client()?;
+    let a2 = cluster.lab.pod("a2")?.clone();
+    let _server = a2.echo(TARGET)?;
+    let elb = cluster.lab.elb()?.clone();
+    let frontend = Frontend::new("web")
+        .bind_all(elb.vips(), 80)
+        .server("node-a", SocketAddr::new(cluster.node.v4().into(), NODE_PORT))
+        .check(Check::None);
+    elb.configure(&[frontend])?;
+    let web = Service::new("web", 10)
+        .tcp(80, TARGET)
+        .udp(80, TARGET)
+        .node_port(NODE_PORT)
+        .load_balancers(elb.vips())
+        .local()
+        .pods(&[&a2]);
+    let mut steps = Steps::new();
+
+    steps.step("kubectl apply", || {
+        cluster.apply(&web)?;
+        for family in Family::BOTH {
+            for (address, port) in [(web.cluster_ip(family), 80), (cluster.node.ip(family), NODE_PORT)] {
+                cluster.reaches_soon(&client, SocketAddr::new(address, port), "a2")?;
+            }
+        }
+        for vip in elb.vips() {
+            cluster.reaches_soon(&client, SocketAddr::new(*vip, 80), "a2")?;
+        }
+        ensure!(elb.connections("web")? == 0, "the load balancer saw {}", elb.connections("web")?);
+        Ok(())
+    });
+    steps.step("the roles of the manifests are enough", || {
+        let complaints: Vec<_> = cluster.agent.log().into_iter().filter(is_complaint).collect();
+        ensure!(complaints.is_empty(), "{complaints:#?}");
+        Ok(())
+    });
+    steps.step("annotations and ipMode switch the way", || {
+        for (arguments, long) in [
+            (&["annotate", "service", "web", "kubernetes.io/elb.pass-through=true"][..], true),
+            (&["annotate", "service", "web", "kubernetes.io/elb.pass-through-"], false),
+        ] {
+            cluster.control.kubectl(arguments)?.success()?;
+            way_becomes(&elb, &client, long)?;
+        }
+        cluster.apply(&web.clone().ip_mode("Proxy"))?;
+        way_becomes(&elb, &client, true)?;
+        cluster.apply(&web.clone().annotation(ELB, "onlyLocal"))?;
+        way_becomes(&elb, &client, true)?;
+        cluster.apply(&web)?;
+        way_becomes(&elb, &client, false)
+    });
+    steps.step("a restarted agent writes nothing", || {
+        let worker = cluster.lab.pod("a1")?.worker()?;
+        let burst = worker.burst_start(BurstSpec::new(SocketAddr::new(web.cluster_ip(Family::V4), 80)))?;
+        cluster.agent.kill(Signal::SIGKILL)?;
+        cluster.agent.restart()?;
+        let line = cluster.agent.wait_synced()?;
+        ensure!(line.field("writes").as_deref() == Some("0"), "{line:?}");
+        let report = worker.burst_stop(burst)?;
+        ensure!(report.ok > 0 && report.failures() == 0, "{report:?}");
+        Ok(())
+    });
+    let later = Service::new("later", 11).tcp(80, TARGET).udp(80, TARGET).pods(&[&a2]);
+    steps.step("an outage of the API server", || outage(&mut cluster, &client, &web, &later));
+    steps.step("an agent that starts during an outage", || {
+        starts_during_an_outage(&mut cluster, &client, &web)
+    });
+    steps.step("API servers are dialled directly, in turn", || dialled_in_turn(&mut cluster, &client, &web));
+    steps.step("another proxy's Service", || {
+        let to = SocketAddr::new(later.cluster_ip(Family::V4), 80);
+        cluster.reaches_soon(&client, to, "a2")?;
+        let label = "service.kubernetes.io/service-proxy-name";
+        cluster.control.kubectl(&["label", "service", "later", &format!("{label}=another")])?.success()?;
+        eventually("it left alone", || {
+            client.worker.tcp_connect_with(to, None, SILENCE).err().context("still served")?;
+            Ok((cluster.lab.strays_to(to.ip())? > 0).then_some(()))
+        })?;
+        cluster.control.kubectl(&["label", "service", "later", &format!("{label}-")])?.success()?;
+        cluster.reaches_soon(&client, to, "a2")
+    });
+    steps.step("kubectl delete", || {
+        let to = SocketAddr::new(web.cluster_ip(Family::V4), 80);
+        let open = client.worker.tcp_connect(to)?;
+        client.worker.tcp_ask(open.id, "before")?;
+        // By kubectl with the slices left over, as it is until their controller notices.
+        cluster.control.kubectl(&["delete", "service", "web"])?.success()?;
+        eventually("it no longer served", || {
+            Ok(client.worker.tcp_connect_with(to, None, SILENCE).is_err().then_some(()))
+        })?;
+        client.worker.tcp_ask(open.id, "after")?;
+        ensure!(service_view(&cluster.node, "web").is_err(), "still printed");
+        Ok(())
+    });
+    steps.done()
+}
+
+/// Waits until a new connection takes the way: HAProxy counts it, or not.
+fn way_becomes(elb: &kproxy_lab::Elb, client: &Client, long: bool) -> Result<()> {
+    for vip in elb.vips() {
+        eventually(&format!("the long way to {vip} being {long}"), || {
+            let before = elb.connections("web")?;
+            let answer = client.worker.ask_tcp(SocketAddr::new(*vip, 80))?;
+            ensure!(answer.server == "a2", "{answer:?}");
+            let counted = elb.connections("web")? - before;
+            let seen_as_elb = answer.client.ip().to_canonical() == elb.v4();
+            ensure!(seen_as_elb == (counted == 1), "counted {counted}, and {answer:?}");
+            Ok((seen_as_elb == long).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// The dataplane goes on without the API server; what happened there arrives afterwards.
+fn outage(cluster: &mut Cluster, client: &Client, web: &Service, later: &Service) -> Result<()> {
+    let to = SocketAddr::new(web.cluster_ip(Family::V4), 80);
+    let worker = cluster.lab.pod("a1")?.worker()?;
+    let open = worker.tcp_connect(to)?;
+    let burst = worker.burst_start(BurstSpec::new(to))?;
+    cluster.agent.mark();
+    cluster.control.stop_api_server()?;
+    cluster.agent.wait_log("it noticing", DEADLINE, is_complaint)?;
+    client.reaches(Transport::Tcp, to, &["a2"])?;
+    cluster.control.start_api_server()?;
+    cluster.apply(later)?;
+    cluster.reaches_soon(client, SocketAddr::new(later.cluster_ip(Family::V4), 80), "a2")?;
+    worker.tcp_ask(open.id, "still there")?;
+    let report = worker.burst_stop(burst)?;
+    ensure!(report.ok > 0 && report.failures() == 0, "{report:?}");
+    // One clear complaint for each resource, and no stream of them.
+    let complaints = cluster.agent.log_since_mark().into_iter().filter(is_complaint).count();
+    ensure!(complaints < 20, "{complaints} complaints about one outage");
+    Ok(())
+}
+
+/// It has no list: it writes nothing, and above all deletes nothing.
+fn starts_during_an_outage(cluster: &mut Cluster, client: &Client, web: &Service) -> Result<()> {
+    let to = SocketAddr::new(web.cluster_ip(Family::V4), 80);
+    let before = service_view(&cluster.node, "web")?["frontends"].clone();
+    cluster.control.stop_api_server()?;
+    cluster.agent.restart()?;
+    cluster.agent.wait_log("it saying that it cannot reach the API server", DEADLINE, |line| {
+        is_complaint(line) && line.mentions("192.0.2.2")
+    })?;
+    client.reaches(Transport::Tcp, to, &["a2"])?;
+    let numbers = |frontends: &serde_json::Value| -> Vec<_> {
+        let all = frontends.as_array().into_iter().flatten();
+        all.map(|one| (one["address"].clone(), one["number"].clone(), one["mode"].clone())).collect()
+    };
+    let now = service_view(&cluster.node, "web")?["frontends"].clone();
+    ensure!(numbers(&before) == numbers(&now), "before: {before:#}, now: {now:#}");
+    cluster.control.start_api_server()?;
+    let line =
+        cluster.agent.wait_log("the agent being synced", DEADLINE * 2, |line| line.message == "synced")?;
+    ensure!(line.field("writes").as_deref() == Some("0"), "{line:?}");
+    Ok(())
+}
+
+/// `--api-server` beats the kubeconfig's server, and is a list.
+fn dialled_in_turn(cluster: &mut Cluster, client: &Client, web: &Service) -> Result<()> {
+    let access = cluster.control.kubeconfig_for_service_account("kube-system", "kproxy")?;
+    let wrong = fs::read_to_string(&access)?.replace(&cluster.control.url(), "https://192.0.2.250:6443");
+    let elsewhere = access.with_extension("elsewhere");
+    fs::write(&elsewhere, wrong)?;
+    // The first is a node that serves no API: it refuses at once.
+    let servers = format!("https://{}:6443,{}", cluster.node.v4(), cluster.control.url());
+    cluster.agent.kill(Signal::SIGTERM)?;
+    cluster.agent = cluster.node.agent().kubeconfig(&elsewhere).args(["--api-server", &servers]).start()?;
+    cluster.agent.wait_log("the agent being synced", DEADLINE * 2, |line| line.message == "synced")?;
+    client.reaches(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80), &["a2"])
+}
+
+fn is_complaint(line: &LogLine) -> bool {
+    matches!(line.level.as_str(), "WARN" | "ERROR")
+}

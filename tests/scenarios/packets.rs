@@ -1,0 +1,153 @@
+//! The packet hooks: clients outside, asking nodes for Services whose backends are there.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{Cni, Context, ElbSpec, Family, Lab, Node, NodeSpec};
+
+use crate::Scenario;
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually, family_of, frontend};
+use crate::dumps;
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[
+    ("kproxy::packets_reach_local_backends_routed", |ctx| outside(ctx, Cni::RoutedVeth)),
+    ("kproxy::packets_reach_local_backends_bridge", |ctx| outside(ctx, Cni::Bridge)),
+    ("kproxy::packets_reach_local_backends_vxlan", |ctx| outside(ctx, Cni::Vxlan)),
+];
+
+const NODE_PORT: u16 = 30_080;
+const MEGABYTE: u64 = 1_000_000;
+
+/// Backends on two nodes, none on the third. The nodes filter strictly by reverse path, and drop
+/// what conntrack finds invalid. The client sends what is for the load balancer's address to node-a.
+fn lab(ctx: &Context, cni: Cni) -> Result<Lab> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]).cni(cni))
+            .node(NodeSpec::new("node-b", 2, &["b1"]).cni(cni))
+            .node(NodeSpec::new("node-c", 3, &["c1"]).cni(cni))
+            .elb(ElbSpec::new())
+            .client("client")
+    })?;
+    let node = lab.node("node-a")?;
+    for vip in lab.elb()?.vips() {
+        let via = if vip.is_ipv4() { node.ip(Family::V4) } else { node.ip(Family::V6) };
+        lab.host("client")?.ip_command(&format!("route add {vip} via {via}"))?;
+    }
+    Ok(lab)
+}
+
+fn outside(ctx: &Context, cni: Cni) -> Result<()> {
+    let lab = lab(ctx, cni)?;
+    let pods = ["a1", "a2", "b1"].map(|name| lab.pod(name).cloned());
+    let [a1, a2, b1] = pods;
+    let web = Service::new("web", 10)
+        .tcp(80, TARGET)
+        .udp(80, TARGET)
+        .node_port(NODE_PORT)
+        .load_balancers(lab.elb()?.vips())
+        .local()
+        .pods(&[&a1?, &a2?, &b1?]);
+    let passed = Service::new("passed", 11)
+        .udp(81, TARGET)
+        .node_port(NODE_PORT + 1)
+        .load_balancers(lab.elb()?.vips())
+        .local()
+        .annotation("kproxy.io/pass-through", "true")
+        .pods(&[lab.pod("a1")?]);
+    let nodes = ["node-a", "node-b", "node-c"];
+    let cluster = Cluster::start(lab, &nodes, &[], [&web, &passed])?;
+    let _servers = cluster.servers(&["a1", "a2", "b1"])?;
+    let lab = &cluster.lab;
+    let client = Client::at(lab.host("client")?)?;
+    let addresses = |node: &Node| Family::BOTH.map(|family| node.ip(family));
+    let mut steps = Steps::new();
+
+    let mut asked = Vec::new();
+    for (node, backends) in [("node-a", &["a1", "a2"][..]), ("node-b", &["b1"])] {
+        for address in addresses(lab.node(node)?) {
+            asked.push((format!("NodePort of {node}"), SocketAddr::new(address, NODE_PORT), backends));
+        }
+    }
+    for vip in lab.elb()?.vips() {
+        asked.push((String::from("load balancer, by node-a"), SocketAddr::new(*vip, 80), &["a1", "a2"]));
+    }
+    for (kind, to, backends) in &asked {
+        for transport in Transport::ALL {
+            steps.step(&format!("{kind}, {:?}, {transport:?}", family_of(*to)), || {
+                client.reaches(transport, *to, backends)
+            });
+        }
+        steps.step(&format!("{kind}, {:?}, 5 MB down and 50 MB up", family_of(*to)), || {
+            transfer(&client, *to)
+        });
+    }
+    for address in addresses(lab.node("node-c")?) {
+        let to = SocketAddr::new(address, NODE_PORT);
+        for transport in Transport::ALL {
+            steps.step(&format!("no endpoint on node-c, {:?}, {transport:?}", family_of(to)), || {
+                client.gets_silence(transport, to)
+            });
+        }
+    }
+    steps.step("pass-through from outside goes on to the load balancer", || {
+        let beyond = lab.elb()?.echo(81)?;
+        for vip in lab.elb()?.vips() {
+            let to = SocketAddr::new(*vip, beyond.port());
+            let before = passed_through(lab.node("node-a")?, *vip)?;
+            for transport in [Transport::UdpConnected, Transport::UdpUnconnected] {
+                client.reaches(transport, to, &["elb"])?;
+            }
+            let after = passed_through(lab.node("node-a")?, *vip)?;
+            ensure!(after > before, "{before} were counted before, {after} after");
+        }
+        Ok(())
+    });
+    steps.step("a port that is not theirs is the node's own", || {
+        let own = lab.node("node-c")?.echo(NODE_PORT + 2)?;
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                client.reaches(transport, own.address(family), &["node-c"])?;
+            }
+        }
+        Ok(())
+    });
+    steps.step("nothing was invalid for conntrack", || {
+        for node in ["node-a", "node-b"] {
+            let rules = lab.node(node)?.run(&["nft", "list", "table", "inet", "node"])?.success()?;
+            ensure!(rules.contains("invalid counter packets 0 "), "{node}: {rules}");
+        }
+        Ok(())
+    });
+    steps.step("flows are retired", || flows_end(&client, lab.node("node-a")?));
+    steps.done()
+}
+
+fn transfer(client: &Client, to: SocketAddr) -> Result<()> {
+    let worker = &client.worker;
+    let socket = worker.tcp_connect(to)?;
+    worker.tcp_transfer(socket.id, 1, 5 * MEGABYTE).context("5 MB down")?;
+    worker.tcp_transfer(socket.id, 50 * MEGABYTE, 1).context("50 MB up")?;
+    worker.tcp_ask(socket.id, "still the same connection")?;
+    Ok(worker.close(socket.id)?)
+}
+
+fn passed_through(node: &Node, vip: IpAddr) -> Result<u64> {
+    let service = crate::cluster::service_view(node, "passed")?;
+    let count = &frontend(&service, vip, 81, "UDP")?["passThroughConnections"];
+    count.as_u64().with_context(|| format!("counted {count}"))
+}
+
+/// An open connection is in the table of established flows, and leaves it when it is closed.
+fn flows_end(client: &Client, node: &Node) -> Result<()> {
+    for family in Family::BOTH {
+        let socket = client.worker.tcp_connect(SocketAddr::new(node.ip(family), NODE_PORT))?;
+        client.worker.tcp_ask(socket.id, "hello")?;
+        let source = format!("\"source_port\": {},", socket.local.port());
+        let is_there = || Ok::<_, anyhow::Error>(dumps::dump(node, "flow")?.contains(&source));
+        ensure!(is_there()?, "the open connection is in no flow");
+        client.worker.close(socket.id)?;
+        eventually("the closed connection out of the table", || Ok((!is_there()?).then_some(())))?;
+    }
+    Ok(())
+}

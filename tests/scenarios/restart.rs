@@ -1,0 +1,274 @@
+//! The agent ends, by whatever way, and comes back: the dataplane does not notice.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::worker::Id;
+use kproxy_lab::{
+    BurstSpec, Context, ElbSpec, Family, Lab, Member, Node, NodeSpec, Worker, kproxy_binary, wait_until,
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::Scenario;
+use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, Transport, family_of};
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[("kproxy::restarts_are_not_noticed", restarts)];
+
+const NODE_PORT: u16 = 30_080;
+
+/// How many connections of each burst must be made while something is tried.
+const ENOUGH: u64 = 50;
+
+/// A pod, the node itself, and somebody outside.
+const ALL: &[&str] = &["a1", "node-a", "client"];
+
+fn lab(ctx: &Context) -> Result<Lab> {
+    ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
+            .node(NodeSpec::new("node-b", 2, &["b1"]))
+            .elb(ElbSpec::new())
+            .client("client")
+    })
+}
+
+fn restarts(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx)?;
+    let web = Service::new("web", 10)
+        .tcp(80, TARGET)
+        .udp(80, TARGET)
+        .node_port(NODE_PORT)
+        .load_balancers(lab.elb()?.vips())
+        .local()
+        .pods(&[lab.pod("a2")?, lab.pod("b1")?]);
+    let later = Service::new("later", 11).tcp(80, TARGET).pods(&[lab.pod("b1")?]);
+    let passed = Service::new("passed", 12)
+        .tcp(81, TARGET)
+        .load_balancers(lab.elb()?.vips())
+        .annotation("kproxy.io/pass-through", "true")
+        .source_range("198.51.100.0/24");
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web, &passed])?;
+    let _servers = cluster.servers(&["a2", "b1"])?;
+    let mut steps = Steps::new();
+    steps.step("kill -9 under load: nothing fails, nothing is written", || {
+        let numbers = numbers(&cluster)?;
+        under_load(&mut cluster, &web, ALL, |cluster, load| {
+            cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+            load.goes_on().context("without an agent")?;
+            cluster.agent("node-a")?.restart()?;
+            let written = synced_with_writes(cluster)?;
+            ensure!(written == 0, "the restarted agent wrote {written} times, where nothing had changed");
+            load.goes_on().context("with the new agent")
+        })?;
+        ensure!(self::numbers(&cluster)? == numbers, "Services have other numbers");
+        Ok(())
+    });
+    steps.step("an agent that is killed while it starts does no harm", || {
+        under_load(&mut cluster, &web, ALL, |cluster, load| {
+            // Each time one line of its log later.
+            for lines in 0.. {
+                let agent = cluster.agent("node-a")?;
+                agent.restart()?;
+                wait_until("the agent starting", DEADLINE, || Ok(agent.log().len() >= lines))?;
+                if agent.log().iter().any(|line| line.message == "synced") {
+                    break;
+                }
+            }
+            cluster.agent("node-a")?.restart()?;
+            let written = synced_with_writes(cluster)?;
+            ensure!(written == 0, "it wrote {written} times, where nothing had changed");
+            load.goes_on()
+        })
+    });
+    steps.step("what changed without an agent is applied by the next", || {
+        // From outside nothing can go on: no endpoint is left on this node.
+        under_load(&mut cluster, &web, &ALL[..2], |cluster, load| {
+            cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+            let fewer = web.clone().pods(&[cluster.lab.pod("b1")?]);
+            cluster.folder.write("web.yaml", &fewer.yaml())?;
+            cluster.folder.write("later.yaml", &later.yaml())?;
+            cluster.folder.remove("passed.yaml")?;
+            let client = cluster.pod("a1")?;
+            for family in Family::BOTH {
+                let to = SocketAddr::new(later.cluster_ip(family), 80);
+                client.gets_silence(Transport::Tcp, to)?;
+            }
+            cluster.agent("node-a")?.restart()?;
+            let written = synced_with_writes(cluster)?;
+            ensure!(written > 0, "it wrote nothing");
+            for family in Family::BOTH {
+                client.reaches(Transport::Tcp, SocketAddr::new(later.cluster_ip(family), 80), &["b1"])?;
+                for _ in 0..10 {
+                    client.reaches(Transport::Tcp, SocketAddr::new(web.cluster_ip(family), 80), &["b1"])?;
+                }
+            }
+            let printed = cluster.node("node-a")?.kproxy(&["services", "-o", "json"])?.success()?;
+            ensure!(!printed.contains("\"passed\""), "still served: {printed}");
+            load.goes_on()
+        })?;
+        cluster.put(&[&web])
+    });
+    steps.step("SIGTERM leaves the dataplane working", || {
+        under_load(&mut cluster, &web, ALL, |cluster, load| {
+            for signal in [Signal::SIGTERM, Signal::SIGINT] {
+                let status = cluster.agent("node-a")?.kill(signal)?;
+                ensure!(status.success(), "{signal}: {status}");
+                load.goes_on().with_context(|| format!("after {signal}"))?;
+                let node = cluster.node("node-a")?;
+                node.kproxy(&["services"])?.success()?;
+                cluster.agent("node-a")?.restart()?;
+                let written = synced_with_writes(cluster)?;
+                ensure!(written == 0, "after {signal}, {written} writes");
+            }
+            load.goes_on()
+        })
+    });
+    steps.step("an upgrade in place", || upgrade(&mut cluster, &web));
+    steps.step("a second agent refuses and names the first", || second(&mut cluster, &web));
+    steps.done()
+}
+
+fn upgrade(cluster: &mut Cluster, web: &Service) -> Result<()> {
+    let other: PathBuf = cluster.lab.folder().join("kproxy-next");
+    std::fs::copy(kproxy_binary()?, &other)?;
+    under_load(cluster, web, ALL, |cluster, load| {
+        let node = cluster.node("node-a")?.clone();
+        let before = attached(&node)?;
+        for binary in [&other, &kproxy_binary()?] {
+            cluster.forget_agent("node-a");
+            let mut agent = node.agent().manifests(&cluster.folder).binary(binary).start()?;
+            let line = agent.wait_synced()?;
+            ensure!(line.field("writes").as_deref() == Some("0"), "{line:?}");
+            load.goes_on().with_context(|| format!("with {}", binary.display()))?;
+            drop(agent);
+        }
+        // Exchanged, not added.
+        let after = attached(&node)?;
+        ensure!(before == after, "attached before: {before:?}, after: {after:?}");
+        cluster.start_agents(&["node-a"], &[])
+    })
+}
+
+/// How many programs hang on the node's cgroup, and on its interfaces.
+fn attached(node: &Node) -> Result<(usize, usize)> {
+    let cgroup = node.command("bpftool")?.args(["-j", "cgroup", "show"]).arg(node.cgroup_root());
+    let cgroup: Value = serde_json::from_str(&cgroup.run()?.success()?)?;
+    let net: Value = serde_json::from_str(&node.run(&["bpftool", "-j", "net", "show"])?.success()?)?;
+    let count = |value: &Value| value.as_array().map_or(0, Vec::len);
+    Ok((count(&cgroup), count(&net[0]["tc"])))
+}
+
+fn second(cluster: &mut Cluster, web: &Service) -> Result<()> {
+    let node = cluster.node("node-a")?.clone();
+    let first = cluster.agent("node-a")?.process().pid();
+    let output = node.agent().manifests(&cluster.folder).run(DEADLINE)?;
+    ensure!(output.code() == Some(1), "{output}");
+    ensure!(output.stderr.contains(&first.to_string()), "no process {first} in: {}", output.stderr);
+    ensure!(output.stderr.contains("node-a"), "no node in: {}", output.stderr);
+    ensure!(cluster.agent("node-a")?.process().is_running()?, "the first one has ended");
+    // The first goes on.
+    let client = cluster.pod("a1")?;
+    let fewer = web.clone().pods(&[cluster.lab.pod("b1")?]);
+    cluster.put(&[&fewer])?;
+    client.reaches(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80), &["b1"])?;
+    cluster.put(&[web])
+}
+
+/// Waits for the new agent to be in force, and says how often it wrote into a map for that.
+fn synced_with_writes(cluster: &mut Cluster) -> Result<u64> {
+    let line = cluster.agent("node-a")?.wait_synced()?;
+    let writes = line.field("writes").with_context(|| format!("no field writes in {line:?}"))?;
+    writes.parse().with_context(|| format!("writes is {writes}"))
+}
+
+fn numbers(cluster: &Cluster) -> Result<Vec<(Value, Value)>> {
+    let text = cluster.node("node-a")?.kproxy(&["services", "-o", "json"])?.success()?;
+    let list: Value = serde_json::from_str(&text)?;
+    let services = list["items"].as_array().into_iter().flatten();
+    let frontends = services.flat_map(|service| service["frontends"].as_array().into_iter().flatten());
+    Ok(frontends.map(|one| (one["address"].clone(), one["number"].clone())).collect())
+}
+
+/// Open connections, open UDP sockets, and streams of new connections, in both families.
+struct Load {
+    clients: Vec<Loaded>,
+}
+
+struct Loaded {
+    name: String,
+    worker: Worker,
+    to: SocketAddr,
+    open: Id,
+    datagrams: Id,
+    burst: Id,
+}
+
+impl Load {
+    /// Clients inside ask for the ClusterIP, the one outside for the NodePort.
+    fn start(cluster: &Cluster, web: &Service, clients: &[&str]) -> Result<Self> {
+        let mut load = Self { clients: Vec::new() };
+        for family in Family::BOTH {
+            for name in clients {
+                let (member, to): (&Member, _) = match *name {
+                    "client" => {
+                        let node = cluster.node("node-a")?.ip(family);
+                        (cluster.lab.host(name)?, SocketAddr::new(node, NODE_PORT))
+                    }
+                    "node-a" => (cluster.node(name)?, SocketAddr::new(web.cluster_ip(family), 80)),
+                    pod => (cluster.lab.pod(pod)?, SocketAddr::new(web.cluster_ip(family), 80)),
+                };
+                load.clients.push(Loaded::start(member, to)?);
+            }
+        }
+        Ok(load)
+    }
+
+    fn goes_on(&self) -> Result<()> {
+        self.clients.iter().try_for_each(Loaded::goes_on)
+    }
+}
+
+impl Loaded {
+    fn start(member: &Member, to: SocketAddr) -> Result<Self> {
+        let worker = member.worker()?;
+        let open = worker.tcp_connect(to)?.id;
+        let datagrams = worker.udp_socket(family_of(to))?.id;
+        let burst = worker.burst_start(BurstSpec::new(to).concurrency(1))?;
+        let loaded = Self { name: member.name().to_owned(), worker, to, open, datagrams, burst };
+        loaded.goes_on()?;
+        Ok(loaded)
+    }
+
+    /// The open connection answers, datagrams are answered, and new connections are made from now on.
+    fn goes_on(&self) -> Result<()> {
+        let what = || format!("{} to {}", self.name, self.to);
+        self.worker.tcp_ask(self.open, "still there").with_context(what)?;
+        self.worker.udp_send_to(self.datagrams, self.to, "still there").with_context(what)?;
+        let datagram = self.worker.udp_receive(self.datagrams, Duration::from_secs(1)).with_context(what)?;
+        ensure!(datagram.from == self.to, "{}: {} answered", what(), datagram.from);
+        let before = self.worker.burst_look(self.burst)?.ok;
+        wait_until("new connections", DEADLINE, || {
+            Ok(self.worker.burst_look(self.burst)?.ok >= before + ENOUGH)
+        })
+        .with_context(what)
+    }
+}
+
+/// Does something under load; not one connection may fail.
+fn under_load(
+    cluster: &mut Cluster,
+    web: &Service,
+    clients: &[&str],
+    what: impl FnOnce(&mut Cluster, &Load) -> Result<()>,
+) -> Result<()> {
+    let load = Load::start(cluster, web, clients)?;
+    what(cluster, &load)?;
+    for client in load.clients {
+        let report = client.worker.burst_stop(client.burst)?;
+        ensure!(report.failures() == 0, "{} to {}: {report:?}", client.name, client.to);
+    }
+    Ok(())
+}
