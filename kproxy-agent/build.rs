@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 fn main() {
     println!("cargo::rerun-if-env-changed=KPROXY_BPF_OBJECT");
     let object = env::var_os("KPROXY_BPF_OBJECT").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/kproxy.bpf.o"),
+        || PathBuf::from("../target/bpf/kproxy.bpf.o"),
         PathBuf::from,
     );
     println!("cargo::rerun-if-changed={}", object.display());

@@ -4,6 +4,7 @@
 mod config;
 mod host;
 mod sync;
+mod telemetry;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,15 +21,15 @@ use tokio::{
 
 use crate::{
     cli::{AgentArgs, Common},
-    commands::UsageError,
     devices::{self, Devices, Selection},
     maps::kernel::{KernelMaps, owner_text},
     model::{Change, Model},
     node::{self, Lock},
     programs::{Attached, Capacities, Programs, has_tcx, namespace_cookie},
-    source::{Event, Source, manifests},
+    source::{Event, Source, kubernetes, manifests},
 };
 use sync::Syncer;
+use telemetry::Telemetry;
 
 /// Runs the agent until it is told to stop. The dataplane stays.
 pub fn run(common: &Common, args: &AgentArgs) -> Result<()> {
@@ -47,6 +48,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     // Wrong flags are told before anything is touched.
     config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
     config::programs(args, 0, [0, 0], &[])?;
+    telemetry::addresses(args)?;
     let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
     let root = common.bpf_root.as_path();
     host::lift_memory_limit();
@@ -79,6 +81,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_synced: false,
         is_attached: false,
         failed_devices: BTreeMap::new(),
+        telemetry: Telemetry::start(args, &node_name, root)?,
     };
     tracing::info!(
         node = node_name,
@@ -88,7 +91,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         "starting: the maps hold {} frontends",
         agent.syncer.frontends()
     );
-    let mut source = start_source(args, &node_name)?;
+    let mut source = start_source(args, &node_name).await?;
     loop {
         let timer = agent.syncer.next_try();
         tokio::select! {
@@ -121,14 +124,18 @@ struct Agent<'a> {
     is_synced: bool,
     is_attached: bool,
     failed_devices: BTreeMap<String, String>,
+    telemetry: Telemetry,
 }
 
 impl Agent<'_> {
     fn on_event(&mut self, event: Event) -> Result<()> {
         match event {
-            Event::Change(change) => self.model.apply(change),
+            Event::Change(change) => {
+                self.telemetry.changed(&change);
+                self.model.apply(change);
+            }
             Event::Synced => self.is_synced = true,
-            Event::Problem(_) => {}
+            Event::Problem(problem) => self.telemetry.source_problem(problem),
             Event::Flush => self.sync()?,
         }
         Ok(())
@@ -180,9 +187,11 @@ impl Agent<'_> {
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
         }
-        if !self.is_attached {
+        let is_first = !self.is_attached;
+        if is_first {
             self.attach()?;
         }
+        self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
         if has_news || report.counts.writes() > 0 {
             tracing::info!(
                 services = self.syncer.services(),
@@ -239,11 +248,16 @@ impl Agent<'_> {
     }
 }
 
-fn start_source(args: &AgentArgs, node_name: &str) -> Result<Source> {
+async fn start_source(args: &AgentArgs, node_name: &str) -> Result<Source> {
     if !args.source.manifests.is_empty() {
         return Ok(manifests::follow(&args.source.manifests, node_name));
     }
-    Err(UsageError("name --manifests".into()).into())
+    let connection = kubernetes::ConnectionSettings {
+        kubeconfig: args.source.kubeconfig.clone(),
+        api_servers: args.source.api_server.clone(),
+    };
+    let settings = kubernetes::KubernetesSettings { connection, node_name: node_name.to_owned() };
+    Ok(kubernetes::watch(settings).await?)
 }
 
 fn local_addresses(devices: &Devices) -> BTreeSet<Address> {

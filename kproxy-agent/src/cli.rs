@@ -91,6 +91,22 @@ pub struct AgentArgs {
     /// Interfaces that get none; names with *
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', env = "KPROXY_EXCLUDE_DEVICES")]
     pub exclude_devices: Vec<String>,
+    /// Where /healthz and /livez are served; empty or port 0: nowhere
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        env = "KPROXY_HEALTHZ_BIND_ADDRESS",
+        default_value = "0.0.0.0:10256"
+    )]
+    pub healthz_bind_address: String,
+    /// Where /metrics, /configz and /proxyMode are served; empty or port 0: nowhere
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        env = "KPROXY_METRICS_BIND_ADDRESS",
+        default_value = "127.0.0.1:10249"
+    )]
+    pub metrics_bind_address: String,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -22,7 +22,6 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use k8s_openapi::api::core::v1::Node;
@@ -35,7 +34,7 @@ pub use self::{
     health_checks::{HealthCheck, HealthCheckAnswer},
     listeners::{HealthCheckListeners, ListenFailure},
     metrics::{Changed, Metrics, PolicySide, ProblemOrigin, SyncKind},
-    readings::{Readings, ServiceCounters},
+    readings::{Read, Readings, ServiceCounters},
     routes::PROXY_MODE,
 };
 use crate::{model::objects::Family, wanted::ServiceKey};
@@ -55,7 +54,12 @@ struct Inner {
 impl State {
     /// Of an agent that starts serving these families: healthy, its node not seen yet. `configz` is the body of
     /// [`configz`].
-    pub fn new(families: impl IntoIterator<Item = Family>, now: Moment, metrics: Metrics, configz: String) -> Self {
+    pub fn new(
+        families: impl IntoIterator<Item = Family>,
+        now: Moment,
+        metrics: Metrics,
+        configz: String,
+    ) -> Self {
         Self(Arc::new(Inner {
             health: Mutex::new(Health::new(families, now)),
             health_checks: Mutex::default(),
@@ -145,23 +149,27 @@ impl Servers {
     /// Serves from now on. An address that cannot be bound is logged and tried again every five seconds; it
     /// never stops the agent. Must be called in a tokio runtime.
     pub fn start(state: &State, healthz: BindAddress, metrics: BindAddress) -> Self {
-        let healthz = healthz.get().map(|address| serve_healthz(state, address, RETRY));
-        let metrics = metrics.get().map(|address| serve_metrics(state, address, RETRY));
+        let healthz = healthz.get().map(|address| serve_healthz(state, address));
+        let metrics = metrics.get().map(|address| serve_metrics(state, address));
         Self { _listening: healthz.into_iter().chain(metrics).collect() }
     }
 }
 
-fn serve_healthz(state: &State, address: SocketAddr, retry: Duration) -> Listening {
+fn serve_healthz(state: &State, address: SocketAddr) -> Listening {
     let report = reporter("healthz", "--healthz-bind-address", address);
-    listen(Bind::Both(address), routes::healthz(state), retry, report)
+    listen(Bind::Both(address), routes::healthz(state), RETRY, report)
 }
 
-fn serve_metrics(state: &State, address: SocketAddr, retry: Duration) -> Listening {
+fn serve_metrics(state: &State, address: SocketAddr) -> Listening {
     let report = reporter("metrics", "--metrics-bind-address", address);
-    listen(Bind::Both(address), routes::metrics(state), retry, report)
+    listen(Bind::Both(address), routes::metrics(state), RETRY, report)
 }
 
-fn reporter(server: &'static str, flag: &'static str, address: SocketAddr) -> impl Fn(News<'_>) + Send + 'static {
+fn reporter(
+    server: &'static str,
+    flag: &'static str,
+    address: SocketAddr,
+) -> impl Fn(News<'_>) + Send + 'static {
     move |news| match news {
         News::Failed(error) => tracing::error!(
             "the {server} server cannot listen on {address}: {error}. {}, or give another address with {flag}; it is \
@@ -175,7 +183,9 @@ fn reporter(server: &'static str, flag: &'static str, address: SocketAddr) -> im
 
 fn mend(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "End the program that has the port (is kube-proxy still running on this node?)",
+        io::ErrorKind::AddrInUse => {
+            "End the program that has the port (is kube-proxy still running on this node?)"
+        }
         io::ErrorKind::AddrNotAvailable => "Give the node this address",
         io::ErrorKind::PermissionDenied => "Let the agent bind ports below 1024 (CAP_NET_BIND_SERVICE)",
         _ => "Mend that",

@@ -1,6 +1,7 @@
 //! Where the objects come from: an API server ([`kubernetes`]) or files ([`manifests`]), behind one stream of
 //! [`Event`]s. Nothing is computed here; what an object means is the model's.
 
+pub mod kubernetes;
 pub mod manifests;
 mod object;
 mod problem;

@@ -285,7 +285,8 @@ impl Node {
     }
 
     /// Prints the maps pinned by this node's agent, each by its file name below the pins' folder,
-    /// as `bpftool map dump` prints it. Folders are walked; what is no map is left out.
+    /// as `bpftool map dump` prints it, up to a million characters: arrays have hundreds of thousands
+    /// of places, and what is used of them comes first. Folders are walked; what is no map is left out.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -306,8 +307,9 @@ impl Node {
                     folders.push(path);
                     continue;
                 }
-                let output = self.command("bpftool")?.args(["map", "dump", "pinned"]).arg(&path).run()?;
-                if output.status.success() {
+                let script = "bpftool map dump pinned \"$1\" | head -c 1000000";
+                let output = self.command("sh")?.args(["-c", script, "sh"]).arg(&path).run()?;
+                if !output.stdout.is_empty() {
                     let name = path.strip_prefix(self.bpf_root()).unwrap_or(&path);
                     dumps.push((name.display().to_string(), output.stdout));
                 }

@@ -56,6 +56,11 @@ impl<W: MapWriter> Syncer<W> {
         &mut self.maps
     }
 
+    /// The tables as they stand.
+    pub fn tables(&self) -> &Tables {
+        self.reconciler.tables()
+    }
+
     /// How many frontends the maps hold.
     pub fn frontends(&self) -> usize {
         self.reconciler.tables().frontends().count()

@@ -92,7 +92,7 @@ impl Reconciler {
         self.status.node = Some(Status::changed(self.status.node.as_ref(), now));
     }
 
-    /// Writes what is due. Afterwards, off the critical path, call [`Reconciler::settle`] while
+    /// Writes what is due. Afterwards, off the critical path, call [`Reconciler::settle`] if
     /// [`Tables::needs_grace`].
     pub fn run(&mut self, writer: &mut dyn MapWriter, now: SystemTime) -> Report {
         let mut report = Report::default();
@@ -118,17 +118,20 @@ impl Reconciler {
         report
     }
 
-    /// Waits for a grace period if something needs one, and then frees and deletes what waited for it.
-    /// Services that failed for want of room are due afterwards.
+    /// Waits for a grace period if something needs one, and then frees and deletes what waited for it; for a
+    /// second one if that deleted something. Services that failed for want of room are due afterwards.
     pub fn settle(&mut self, writer: &mut dyn MapWriter, now: SystemTime) -> Report {
         let mut report = Report::default();
-        if !self.tables.needs_grace() {
-            return report;
+        for _ in 0..2 {
+            if !self.tables.needs_grace() || !report.failed.is_empty() {
+                break;
+            }
+            let outcome = execute(&settle(&self.tables), &mut self.tables, writer);
+            report.add(&outcome);
+            let failures =
+                outcome.results.into_iter().filter_map(|(party, result)| Some((party, result.err()?)));
+            report.failed.extend(failures);
         }
-        let outcome = execute(&settle(&self.tables), &mut self.tables, writer);
-        report.add(&outcome);
-        let failures = outcome.results.into_iter().filter_map(|(party, result)| Some((party, result.err()?)));
-        report.failed.extend(failures);
         if report.counts.graces > 0 {
             self.status.room_was_made(now);
         }

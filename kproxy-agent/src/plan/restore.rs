@@ -88,7 +88,13 @@ pub fn split_name(name: &str) -> Option<(ServiceKey, &str)> {
 }
 
 fn restore_frontends(tables: &mut Tables, snapshot: &Snapshot, problems: &mut Vec<String>) {
-    for (key, number) in &snapshot.frontends {
+    // Where two have one number, it is the one's that service_info names.
+    let named = |key: &FrontendKey, number: u32| {
+        snapshot.infos.get(number as usize).is_some_and(|info| info.is_some_and(|info| info.frontend == *key))
+    };
+    let mut frontends: Vec<_> = snapshot.frontends.iter().collect();
+    frontends.sort_by_key(|(key, number)| !named(key, *number));
+    for (key, number) in frontends {
         let taken = *number >= tables.capacity.frontends
             || tables.numbers.get(*number as usize).is_some_and(|state| state.frontend.is_some());
         if taken {

@@ -238,7 +238,10 @@ fn exchange(pin: &Path, program: BorrowedFd<'_>, is_cgroup: bool, target: u64) -
 
 /// Pins `link`, then gives up what was pinned there before: the new program runs before the old one goes.
 fn replace_pin(link: FdLink, pin: &Path) -> Result<()> {
-    let beside = pin.with_extension("new");
+    // bpffs takes no dots in names.
+    let mut beside = pin.as_os_str().to_owned();
+    beside.push("_new");
+    let beside = PathBuf::from(beside);
     // From an agent that died between the two steps.
     let _ = fs::remove_file(&beside);
     drop(link.pin(&beside).with_context(|| format!("cannot pin a link at {}", beside.display()))?);

@@ -11,7 +11,9 @@ pub struct BindAddress(Option<SocketAddr>);
 
 /// A text that is no bind address.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0:?} is neither an address nor address:port: write it as 0.0.0.0:{1} or [::]:{1}; empty or port 0: no server")]
+#[error(
+    "{0:?} is neither an address nor address:port: write it as 0.0.0.0:{1} or [::]:{1}; empty or port 0: no server"
+)]
 pub struct BindAddressError(String, u16);
 
 impl BindAddress {
@@ -71,9 +73,15 @@ mod tests {
             ("", ""),
             ("0.0.0.0:0", ""),
         ] {
-            assert_eq!(BindAddress::healthz(text).map(|address| address.to_string()), Ok(expected.to_owned()));
+            assert_eq!(
+                BindAddress::healthz(text).map(|address| address.to_string()),
+                Ok(expected.to_owned())
+            );
         }
-        assert_eq!(BindAddress::metrics("::").map(|address| address.to_string()), Ok("[::]:10249".to_owned()));
+        assert_eq!(
+            BindAddress::metrics("::").map(|address| address.to_string()),
+            Ok("[::]:10249".to_owned())
+        );
         for text in ["localhost:10256", ":10256", "0.0.0.0:70000", "[::1]", "10256"] {
             let error = BindAddress::healthz(text).expect_err(text).to_string();
             assert!(error.contains(text) && error.contains("0.0.0.0:10256"), "{error}");

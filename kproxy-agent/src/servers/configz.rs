@@ -29,7 +29,8 @@ pub fn configz(configuration: &KubeProxyConfiguration, own: Value) -> Result<Str
     if let Value::Object(given) = serde_json::to_value(configuration)? {
         fields.extend(given);
     }
-    let body = Map::from_iter([("kproxy".to_owned(), own), ("kubeproxy.config.k8s.io".to_owned(), fields.into())]);
+    let body =
+        Map::from_iter([("kproxy".to_owned(), own), ("kubeproxy.config.k8s.io".to_owned(), fields.into())]);
     serde_json::to_string(&body)
 }
 

@@ -43,7 +43,9 @@ impl Lines {
         if let Some(help) = self.line.strip_prefix("# HELP ") {
             self.help.clear();
             self.help.push_str(help);
-        } else if let Some((name, kind)) = self.line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+        } else if let Some((name, kind)) =
+            self.line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
             let suffix = if kind == "counter" { "_total" } else { "" };
             if let Some(help) = self.help.strip_prefix(name).and_then(|rest| rest.strip_prefix(' ')) {
                 writeln!(self.out, "# HELP {name}{suffix} {help}")?;

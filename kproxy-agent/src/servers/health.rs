@@ -124,7 +124,11 @@ impl Health {
             current_time: now.wall,
             node_eligible: None,
             healthy,
-            status: self.families.iter().map(|(family, health)| (family.text(), health.report(now))).collect(),
+            status: self
+                .families
+                .iter()
+                .map(|(family, health)| (family.text(), health.report(now)))
+                .collect(),
         }
     }
 
@@ -168,10 +172,11 @@ fn is_eligible(node: &Node) -> bool {
 
 /// RFC 3339 with as many digits of the second as it takes, as Go's `time.Time` is written in JSON.
 fn go_time<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
-    match Timestamp::try_from(*time) {
-        Ok(timestamp) => serializer.collect_str(&timestamp),
-        Err(error) => Err(serde::ser::Error::custom(error)),
-    }
+    // A clock that stands before 1970 shows 1970.
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let nanoseconds = i128::try_from(since.as_nanos()).map_err(serde::ser::Error::custom)?;
+    let timestamp = Timestamp::from_nanosecond(nanoseconds).map_err(serde::ser::Error::custom)?;
+    serializer.collect_str(&timestamp)
 }
 
 fn go_time_or_never<S: Serializer>(time: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -209,7 +214,7 @@ mod tests {
 
     fn node(taint: Option<&str>, is_deleted: bool) -> Node {
         let mut node = Node::default();
-        node.metadata.deletion_timestamp = is_deleted.then(|| Time(Timestamp::UNIX_EPOCH));
+        node.metadata.deletion_timestamp = is_deleted.then_some(Time(Timestamp::UNIX_EPOCH));
         let taints = taint.map(|key| vec![Taint { key: key.to_owned(), ..Taint::default() }]);
         node.spec = Some(NodeSpec { taints, ..NodeSpec::default() });
         node

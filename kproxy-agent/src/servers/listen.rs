@@ -207,7 +207,11 @@ impl<S: Unpin> Impatient<S> {
     }
 
     /// `result`, unless that is that nothing moves, and that for too long.
-    fn or_timeout<T>(&mut self, result: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+    fn or_timeout<T>(
+        &mut self,
+        result: Poll<io::Result<T>>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
         if result.is_ready() {
             self.deadline.as_mut().reset(Instant::now() + self.timeout);
             return result;
@@ -228,7 +232,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write(context, data);
         self.or_timeout(result, context)
     }
@@ -252,5 +260,43 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_does_not_move_ends_and_what_moves_goes_on() {
+        let timeout = Duration::from_millis(200);
+        let (near, mut far) = duplex(8);
+        let mut stream = Impatient::new(near, timeout);
+        let start = Instant::now();
+        for sent in 0..6 {
+            sleep(timeout / 4).await;
+            far.write_u8(sent).await.unwrap();
+            assert_eq!(stream.read_u8().await.unwrap(), sent);
+        }
+        assert!(start.elapsed() > timeout, "it lived longer than it may rest");
+        assert_eq!(stream.read_u8().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+
+        // Nobody reads what is written.
+        let (near, _far) = duplex(8);
+        let mut stream = Impatient::new(near, timeout);
+        assert_eq!(stream.write_all(&[0; 9]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn both_families_can_have_a_port_each_for_itself() {
+        let all = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
+        let v4 = Bind::OneFamily(all("0.0.0.0", 0)).listener().unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let v6 = Bind::OneFamily(all("::", port)).listener().unwrap();
+        assert_eq!(v6.local_addr().unwrap(), all("::", port));
+        let error = Bind::Both(all("0.0.0.0", port)).listener().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
     }
 }

@@ -105,18 +105,24 @@ fn reporter(state: State, address: SocketAddr, on_failure: OnFailure) -> impl Fn
                 );
                 on_failure(ListenFailure { service, address, error: copy(error) });
             }
-            News::Listening(_) => tracing::debug!("health checks of Service {service} are answered on {address}"),
+            News::Listening(_) => {
+                tracing::debug!("health checks of Service {service} are answered on {address}")
+            }
         }
     }
 }
 
 fn copy(error: &io::Error) -> io::Error {
-    error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
+    error
+        .raw_os_error()
+        .map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{net::TcpListener, sync::Mutex};
+    use std::net::TcpListener;
+
+    use tokio::sync::mpsc;
 
     use super::*;
     use crate::servers::testing::{Response, get, state};
@@ -129,12 +135,7 @@ mod tests {
         ]);
         let ips = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "fe80::1"];
         let addresses = ips.map(|ip| ip.parse().unwrap()).into();
-        let expected = [
-            "192.0.2.1:31000",
-            "192.0.2.2:31000",
-            "[2001:db8::1]:31000",
-            "[2001:db8::1]:31001",
-        ];
+        let expected = ["192.0.2.1:31000", "192.0.2.2:31000", "[2001:db8::1]:31000", "[2001:db8::1]:31001"];
         assert_eq!(wanted(&checks, &addresses), expected.map(|address| address.parse().unwrap()).into());
         assert_eq!(wanted(&checks, &BTreeSet::new()), BTreeSet::new());
     }
@@ -184,20 +185,21 @@ mod tests {
     async fn a_port_that_is_taken_is_told_once_and_tried_until_it_is_free() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let failures = Arc::new(Mutex::new(Vec::new()));
-        let told = Arc::clone(&failures);
+        let (told, mut failures) = mpsc::unbounded_channel();
         let mut listeners = HealthCheckListeners::new(state(), move |failure| {
-            told.lock().unwrap().push((failure.service.to_string(), failure.address, failure.error.kind()));
+            told.send((failure.service.to_string(), failure.address, failure.error.kind())).unwrap();
         });
         listeners.retry = Duration::from_millis(5);
         let addresses = BTreeSet::from([address.ip()]);
         listeners.sync([(address.port(), check("web", &[(Family::V4, 1)]))].into(), &addresses).await;
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let expected = ("default/web".to_owned(), address, io::ErrorKind::AddrInUse);
+        assert_eq!(failures.recv().await, Some(expected));
+        // Time for some more attempts, none of which is to be told.
+        tokio::time::sleep(listeners.retry * 10).await;
         drop(taken);
         assert_eq!(open(&mut listeners, 0).await, address);
         assert_eq!(get(address, "/").await.status, 200);
-        let expected = ("default/web".to_owned(), address, io::ErrorKind::AddrInUse);
-        assert_eq!(*failures.lock().unwrap(), [expected]);
+        assert!(failures.try_recv().is_err(), "it was told before");
     }
 
     fn check(name: &str, local_endpoints: &[(Family, u32)]) -> HealthCheck {

@@ -76,8 +76,8 @@ impl Metrics {
         for family in families {
             // A rate can only be told from a counter that was there before it first counted.
             let labels = ByFamily::from(family);
-            own.sync_failures.get_or_create(&labels);
-            own.cleanup_failures.get_or_create(&labels);
+            drop(own.sync_failures.get_or_create(&labels));
+            drop(own.cleanup_failures.get_or_create(&labels));
             // kube-proxy, too, starts with a change that it has yet to write: all that it finds.
             kube.last_queued.get_or_create(&labels).set(seconds(now));
         }

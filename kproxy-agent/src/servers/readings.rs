@@ -28,10 +28,13 @@ pub struct ServiceCounters {
 /// own, several at once where metrics are asked for twice. What cannot be read is logged, and missing.
 pub struct Readings {
     /// The counters of every Service port.
-    pub services: Box<dyn Fn() -> anyhow::Result<Vec<ServiceCounters>> + Send + Sync>,
+    pub services: Read<ServiceCounters>,
     /// How often each verdict was reached, by reason.
-    pub verdicts: Box<dyn Fn() -> anyhow::Result<Vec<(Reason, u64)>> + Send + Sync>,
+    pub verdicts: Read<(Reason, u64)>,
 }
+
+/// Reads a kind of counters from the kernel, all of them.
+pub type Read<T> = Box<dyn Fn() -> anyhow::Result<Vec<T>> + Send + Sync>;
 
 /// Writes the readings among the other metrics.
 #[derive(Debug)]

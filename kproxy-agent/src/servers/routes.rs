@@ -59,7 +59,11 @@ fn health(report: HealthReport) -> Response {
 fn check(state: &State, port: u16, family: Family) -> Response {
     let Some(check) = state.health_check(port, family, Moment::now()) else {
         // A connection that was open when the Service went: there is nothing here to send traffic to.
-        return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, "no Service has this healthCheckNodePort any more\n");
+        return answer(
+            StatusCode::SERVICE_UNAVAILABLE,
+            TEXT,
+            "no Service has this healthCheckNodePort any more\n",
+        );
     };
     let status = if check.is_ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut response = answer(status, JSON, check.body);

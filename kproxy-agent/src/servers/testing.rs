@@ -41,7 +41,8 @@ pub async fn request(address: SocketAddr, method: &str, path: &str) -> Response 
     let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
     let mut lines = head.lines();
     let status = lines.next().and_then(|line| line.split(' ').nth(1)).expect("a status line");
-    let header = |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
+    let header =
+        |line: &str| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
     Response {
         status: status.parse().expect("a number"),
         headers: lines.filter_map(header).collect(),

@@ -10,7 +10,6 @@ mod trouble;
 mod watch;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 

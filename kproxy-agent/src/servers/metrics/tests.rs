@@ -71,12 +71,18 @@ fn buckets_are_those_of_kube_proxy() {
         bounds.map(str::to_owned).collect::<Vec<_>>()
     };
     let powers = (0..15).map(|n| f64::from(1 << n) / 1000.0).map(|bound| bound.to_string());
-    assert_eq!(bounds("sync_proxy_rules_duration_seconds"), powers.chain(["+Inf".into()]).collect::<Vec<_>>());
+    assert_eq!(
+        bounds("sync_proxy_rules_duration_seconds"),
+        powers.chain(["+Inf".into()]).collect::<Vec<_>>()
+    );
     let programming = bounds("network_programming_duration_seconds");
     let (first, last) = (&programming[..4], &programming[programming.len() - 9..]);
     assert_eq!((first, programming.len()), (&["0.25", "0.5", "1", "2"].map(String::from)[..], 81));
     assert_eq!(last, ["115", "120", "150", "180", "210", "240", "270", "300", "+Inf"]);
-    assert!(text.contains("kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"} 0.0\n"), "{text}");
+    assert!(
+        text.contains("kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"} 0.0\n"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl Backoff {
 }
 
 /// Between 0 and 1; not for secrets.
-fn random_fraction() -> f64 {
+pub(super) fn random_fraction() -> f64 {
     // Every RandomState has keys of its own.
     let bits = RandomState::new().hash_one(0_u8) >> 11;
     bits as f64 / (1_u64 << 53) as f64

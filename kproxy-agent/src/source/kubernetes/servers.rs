@@ -129,7 +129,8 @@ impl Servers {
         for url in urls {
             let host = url.host().unwrap_or_default();
             let names = certificate_names(host, &original, config.tls_server_name.as_deref());
-            let config = Config { cluster_url: url, ..config.clone() };
+            let mut config = config.clone();
+            config.cluster_url = url;
             servers.push(Server::new(config, names)?);
         }
         Ok(Servers { servers, origin, current: Mutex::new(0) })
@@ -198,7 +199,8 @@ impl Server {
 }
 
 fn make_client(config: &Config, name: Option<&str>) -> Result<Client, ConfigError> {
-    let config = Config { tls_server_name: name.map(ToOwned::to_owned), ..config.clone() };
+    let mut config = config.clone();
+    config.tls_server_name = name.map(ToOwned::to_owned);
     let url = config.cluster_url.to_string();
     Client::try_from(config).map_err(|source| ConfigError::Credentials { url, source: Box::new(source) })
 }
@@ -271,6 +273,31 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
+pub(super) mod testing {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// Servers with a kubeconfig of their own, which names `cluster`: the machine's is not read.
+    pub(in crate::source::kubernetes) async fn servers(cluster: &str, urls: &[&str]) -> Servers {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("kproxy-kubeconfig-{}-{number}", std::process::id()));
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+             clusters: [{{name: c, cluster: {{server: '{cluster}', insecure-skip-tls-verify: true}}}}]\n\
+             users: [{{name: u, user: {{token: t}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n"
+        );
+        std::fs::write(&path, text).expect("the kubeconfig can be written");
+        let api_servers = urls.iter().map(|&url| url.to_owned()).collect();
+        let settings = ConnectionSettings { kubeconfig: Some(path.clone()), api_servers };
+        let servers = Servers::new(&settings).await.expect("the settings are good");
+        std::fs::remove_file(path).expect("the kubeconfig can be removed");
+        servers
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -305,22 +332,9 @@ mod tests {
         assert_eq!(names("192.0.2.1", "[2001:db8::1]", None), ["its host", "2001:db8::1", "kubernetes.default.svc"]);
     }
 
-    fn settings(urls: &[&str]) -> ConnectionSettings {
-        // A kubeconfig of its own, so that the machine's is not read.
-        let path = std::env::temp_dir().join(format!("kproxy-kubeconfig-{}", std::process::id()));
-        let text = "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
-                    clusters: [{name: c, cluster: {server: 'https://api.example.com:6443', insecure-skip-tls-verify: true}}]\n\
-                    users: [{name: u, user: {token: t}}]\ncontexts: [{name: c, context: {cluster: c, user: u}}]\n";
-        std::fs::write(&path, text).expect("the kubeconfig can be written");
-        ConnectionSettings {
-            kubeconfig: Some(path),
-            api_servers: urls.iter().map(|&url| url.to_owned()).collect(),
-        }
-    }
-
     #[tokio::test]
     async fn servers_are_tried_in_turn_and_only_the_first_to_fail_moves_on() {
-        let servers = Servers::new(&settings(&["192.0.2.1", "192.0.2.2"])).await.expect("two servers");
+        let servers = testing::servers("https://api.example.com:6443", &["192.0.2.1", "192.0.2.2"]).await;
         let (first, same) = (servers.attempt(), servers.attempt());
         assert_eq!(servers.url(&first), "https://192.0.2.1/");
         servers.unreachable(&first);
@@ -341,7 +355,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_api_server_the_configuration_names_it() {
-        let servers = Servers::new(&settings(&[])).await.expect("one server");
+        let servers = testing::servers("https://api.example.com:6443", &[]).await;
         assert_eq!(servers.url(&servers.attempt()), "https://api.example.com:6443/");
         let missing = ConnectionSettings { kubeconfig: Some("/nonexistent".into()), ..ConnectionSettings::default() };
         assert!(matches!(Servers::new(&missing).await, Err(ConfigError::Kubeconfig { .. })));

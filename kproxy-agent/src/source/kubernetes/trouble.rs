@@ -187,7 +187,8 @@ impl WatchError {
     }
 
     fn causes(&self) -> impl Iterator<Item = &(dyn Error + 'static)> {
-        std::iter::successors(Some(self as &(dyn Error + 'static)), |error| error.source())
+        let first: &(dyn Error + 'static) = self;
+        std::iter::successors(Some(first), |error: &&(dyn Error + 'static)| (*error).source())
     }
 }
 

@@ -4,9 +4,10 @@
 //! server without a new list, falling back from streaming lists to pages, and a second list before most of the
 //! objects are given up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
-use std::pin::{Pin, pin};
+use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,9 +21,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Report;
-use super::backoff::Backoff;
+use super::backoff::{Backoff, random_fraction};
 use super::servers::{Attempt, Servers};
 use super::trouble::{Meaning, Resource, WatchError};
+use crate::model::Change;
 use crate::source::object::{Kind, Object, ObjectKey};
 use crate::source::problem::{ProblemKind, SourceProblem};
 use crate::source::shrink;
@@ -101,7 +103,7 @@ pub(super) struct Timing {
     pub(super) answer: Duration,
     /// A watch on which nothing comes for so long is begun anew: bookmarks come every minute.
     pub(super) idle: Duration,
-    /// The server ends a watch after this, so that they spread over its replicas. Whole seconds.
+    /// The server ends a watch after this or up to twice this, so that watches spread over its replicas.
     pub(super) watch: Duration,
     /// A watch that ends sooner than this without an event counts as a failure.
     pub(super) short_lived: Duration,
@@ -137,28 +139,32 @@ pub(super) struct Watch<K> {
     version: Option<String>,
     /// Whether the server is asked for a streaming list.
     streaming: bool,
+    /// There was a full list.
     listed: bool,
+    /// What was said to be wrong.
     trouble: Option<SourceProblem>,
-    /// Tries that failed, since the last that did not.
-    failures: u32,
-    /// What each server said since then.
-    round: Vec<SourceProblem>,
-    kind: std::marker::PhantomData<fn() -> K>,
+    failures: Failures,
+    kind: PhantomData<fn() -> K>,
 }
 
-/// Nobody listens any more.
-struct Stopped;
+/// What went wrong since the last success of its kind.
+#[derive(Default)]
+struct Failures {
+    /// Tries that failed.
+    tries: u32,
+    /// What the servers said, since all of them had their turn.
+    round: Vec<SourceProblem>,
+    /// Versions that were too old as soon as they were used.
+    expired: u32,
+    /// Watches that ended as soon as they began.
+    short_lived: u32,
+}
 
-/// How a list or a watch ended.
+/// How a list or a watch ended before its time.
 enum End {
     Failed(WatchError),
+    /// Nobody listens any more.
     Stopped,
-}
-
-impl From<Stopped> for End {
-    fn from(_: Stopped) -> Self {
-        End::Stopped
-    }
 }
 
 impl<E: Into<WatchError>> From<E> for End {
@@ -186,9 +192,8 @@ impl<K: Watched> Watch<K> {
             streaming: true,
             listed: false,
             trouble: None,
-            failures: 0,
-            round: Vec::new(),
-            kind: std::marker::PhantomData,
+            failures: Failures::default(),
+            kind: PhantomData,
         }
     }
 
@@ -197,125 +202,86 @@ impl<K: Watched> Watch<K> {
         loop {
             let attempt = self.servers.attempt();
             let api = Api::all(attempt.client.clone());
-            let begin = Instant::now();
-            let failures = self.failures;
-            let result = match self.version.clone() {
+            let turn = match self.version.clone() {
                 Some(version) => self.resume(&api, &version).await,
                 None if self.streaming => self.stream_list(&api).await,
                 None => self.page_list(&api).await,
             };
-            let wait = match result {
-                // The server ended the watch, as it does from time to time.
-                Ok(()) if self.failures < failures || begin.elapsed() > self.timing.short_lived => None,
-                Ok(()) if self.failures == 0 && failures == 0 && self.version.is_none() => None,
-                Ok(()) => {
-                    self.failures += 1;
-                    Some(self.timing.backoff.wait(self.failures))
-                }
-                Err(End::Stopped) => return,
-                Err(End::Failed(error)) => match self.failed(&attempt, &error).await {
-                    Ok(wait) => wait,
-                    Err(Stopped) => return,
-                },
+            let turn = match turn {
+                Err(End::Failed(error)) => self.failed(&attempt, &error).await,
+                turn => turn,
             };
-            if let Some(wait) = wait {
-                sleep(wait).await;
+            match turn {
+                Ok(None) => {}
+                Ok(Some(wait)) => sleep(wait).await,
+                Err(_) => return,
             }
         }
     }
 
-    /// Says what went wrong, and how long to wait before the next try.
-    async fn failed(&mut self, attempt: &Attempt, error: &WatchError) -> Result<Option<Duration>, Stopped> {
-        let plural = K::RESOURCE.plural;
-        tracing::debug!(plural, url = self.servers.url(attempt), %error, "a list or watch failed");
-        match error.meaning() {
-            Meaning::Expired if self.version.take().is_some() => return Ok(None),
-            Meaning::NoStreamingList if self.version.is_none() && self.streaming => {
-                self.streaming = false;
-                return Ok(None);
-            }
-            Meaning::WrongName if self.servers.wrong_name(attempt) => return Ok(None),
-            Meaning::Unreachable | Meaning::WrongName => self.servers.unreachable(attempt),
-            Meaning::Expired | Meaning::NoStreamingList | Meaning::Refused => {}
-        }
-        self.failures += 1;
-        let problem = error.problem(K::RESOURCE, self.servers.url(attempt), self.servers.origin());
-        if K::OPTIONAL && (error.is_not_found() || error.is_forbidden()) {
-            let what = format!("{}; kproxy goes on without", problem.what);
-            self.say_trouble(Some(SourceProblem { what, ..problem })).await?;
-            self.say_listed().await?;
-            return Ok(Some(self.timing.optional));
-        }
-        // A problem only when all servers failed; the one that is said is the first server's, until that changes,
-        // so that it does not alternate.
-        let is_last_of_round = self.failures as usize % self.servers.len() == 0;
-        self.round.push(problem);
-        if !is_last_of_round {
+    /// Goes on from a version. Returns how long to wait before the next turn, as all turns do.
+    async fn resume(&mut self, api: &Api<K>, version: &str) -> Result<Option<Duration>, End> {
+        let begin = Instant::now();
+        let mut events = self.open(api, version, false).await?;
+        self.succeeded().await?;
+        let had_events = self.follow(&mut events).await?;
+        if had_events || begin.elapsed() >= self.timing.short_lived {
+            self.failures.short_lived = 0;
             return Ok(None);
         }
-        let mut problem = self.round.remove(0);
-        for other in self.round.drain(..).filter(|other| other.place != problem.place) {
-            problem.what = format!("{}; {}: {}", problem.what, other.place, other.what);
-        }
-        let tries = self.failures as usize / self.servers.len();
-        if self.trouble.as_ref() == Some(&problem) && tries.is_power_of_two() {
-            tracing::warn!(plural, tries, place = %problem.place, "still: {}", problem.what);
-        }
-        self.say_trouble(Some(problem)).await?;
-        Ok(Some(self.timing.backoff.wait(u32::try_from(tries).unwrap_or(u32::MAX))))
-    }
-
-    /// Goes on from a version.
-    async fn resume(&mut self, api: &Api<K>, version: &str) -> Result<(), End> {
-        let mut events = self.open(api, version, false).await?;
-        self.follow(&mut events).await
+        self.failures.short_lived += 1;
+        Ok(Some(self.timing.backoff.wait(self.failures.short_lived)))
     }
 
     /// Lists by a watch that begins with everything (KEP-3157), and goes on with it.
-    async fn stream_list(&mut self, api: &Api<K>) -> Result<(), End> {
+    async fn stream_list(&mut self, api: &Api<K>) -> Result<Option<Duration>, End> {
         // No version: as new as the moment of the request, not what some cache had.
         let mut events = self.open(api, "", true).await?;
-        let mut listed = HashMap::new();
+        let mut listed = Listed::default();
         loop {
-            let mut batch = Vec::new();
+            let Some(batch) = next_batch(&mut events, self.timing.answer).await? else {
+                return Err(WatchError::Protocol("a streaming list ended before it was complete").into());
+            };
+            let mut changes = Vec::new();
             let mut end = None;
-            for event in next_batch(&mut events, self.timing.answer).await?.ok_or(WatchError::Protocol(
-                "a streaming list ended before it was complete",
-            ))? {
+            for event in batch {
                 match event {
                     Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
-                        self.list_object(object, &mut listed, &mut batch);
+                        self.list(object, &mut listed, &mut changes);
                     }
-                    Ok(WatchEvent::Bookmark(bookmark)) if bookmark.metadata.annotations.contains_key(LIST_END) => {
-                        end = Some(bookmark.metadata.resource_version);
+                    // Comes after the end of the list, in the same read.
+                    Ok(WatchEvent::Deleted(object)) => self.delete(object, &mut changes),
+                    Ok(WatchEvent::Bookmark(bookmark)) => {
+                        if bookmark.metadata.annotations.contains_key(LIST_END) {
+                            end = Some(bookmark.metadata.resource_version);
+                        }
                     }
-                    // What comes after the end of the list, in the same read.
-                    Ok(WatchEvent::Deleted(object)) => self.delete(object, &mut batch),
-                    Ok(WatchEvent::Bookmark(_)) => {}
                     Ok(WatchEvent::Error(status)) => return Err(WatchError::Event(status).into()),
+                    Err(kube::Error::SerdeError(error)) => listed.cannot_read(K::RESOURCE, &error),
                     Err(error) => return Err(error.into()),
                 }
             }
-            self.send(batch).await?;
+            self.send(changes).await?;
             if let Some(version) = end {
                 self.end_list(api, listed).await?;
                 self.version = Some(version);
-                return self.follow(&mut events).await;
+                self.follow(&mut events).await?;
+                return Ok(None);
             }
         }
     }
 
     /// Lists page by page. The watch comes with the next turn.
-    async fn page_list(&mut self, api: &Api<K>) -> Result<(), End> {
-        let mut listed = HashMap::new();
+    async fn page_list(&mut self, api: &Api<K>) -> Result<Option<Duration>, End> {
+        let mut listed = Listed::default();
         let version = self.pages(api, &mut listed).await?;
         self.end_list(api, listed).await?;
         self.version = Some(version);
-        Ok(())
+        Ok(None)
     }
 
     /// Passes on all pages of a list; returns its version.
-    async fn pages(&mut self, api: &Api<K>, listed: &mut HashMap<ObjectKey, String>) -> Result<String, End> {
+    async fn pages(&mut self, api: &Api<K>, listed: &mut Listed) -> Result<String, End> {
         let mut parameters = ListParams {
             label_selector: self.selectors.labels.clone(),
             field_selector: self.selectors.fields.clone(),
@@ -332,9 +298,9 @@ impl<K: Watched> Watch<K> {
                 }
                 list => list?,
             };
-            let mut batch = Vec::new();
-            list.items.into_iter().for_each(|object| self.list_object(object, listed, &mut batch));
-            self.send(batch).await?;
+            let mut changes = Vec::new();
+            list.items.into_iter().for_each(|object| self.list(object, listed, &mut changes));
+            self.send(changes).await?;
             parameters.continue_token = list.metadata.continue_.filter(|token| !token.is_empty());
             if parameters.continue_token.is_none() {
                 let version = list.metadata.resource_version.filter(|version| !version.is_empty());
@@ -345,12 +311,11 @@ impl<K: Watched> Watch<K> {
 
     /// A list is complete: deletes what is known and was not in it. If that is most of what is known, a second
     /// list must lack it too.
-    async fn end_list(&mut self, api: &Api<K>, listed: HashMap<ObjectKey, String>) -> Result<(), End> {
-        let mut missing: Vec<_> = self.known.keys().filter(|key| !listed.contains_key(*key)).cloned().collect();
-        drop(listed);
+    async fn end_list(&mut self, api: &Api<K>, listed: Listed) -> Result<(), End> {
+        let mut missing = listed.missing(&self.known);
         if shrink::needs_confirmation(self.known.len(), missing.len()) {
             let plural = K::RESOURCE.plural;
-            self.say_trouble(Some(SourceProblem::new(
+            self.say(Some(SourceProblem::new(
                 ProblemKind::ShortList,
                 plural,
                 format!("a list lacks {} of {} {plural}", missing.len(), self.known.len()),
@@ -358,9 +323,9 @@ impl<K: Watched> Watch<K> {
             )))
             .await?;
             sleep(self.timing.confirm).await;
-            let mut second = HashMap::new();
+            let mut second = Listed::default();
             self.pages(api, &mut second).await?;
-            missing.retain(|key| !second.contains_key(key));
+            missing.retain(|key| !second.keys.contains(key));
         }
         missing.sort_unstable();
         for key in &missing {
@@ -368,34 +333,35 @@ impl<K: Watched> Watch<K> {
         }
         self.send(missing.iter().map(ObjectKey::gone).collect()).await?;
         self.succeeded().await?;
-        self.say_listed().await?;
-        Ok(())
+        self.say_listed().await
     }
 
-    /// Passes on events until the watch ends.
-    async fn follow(&mut self, events: &mut Events<K>) -> Result<(), End> {
-        self.succeeded_if_open(events).await?;
+    /// Passes on events until the watch ends; returns whether there were any.
+    async fn follow(&mut self, events: &mut Events<K>) -> Result<bool, End> {
+        let mut had_events = false;
         loop {
             // Nothing for long, or the end of the stream: the next turn goes on from the same version.
             let batch = match next_batch(events, self.timing.idle).await {
                 Ok(Some(batch)) => batch,
-                Ok(None) | Err(WatchError::Silent(_)) => return Ok(()),
+                Ok(None) | Err(WatchError::Silent(_)) => return Ok(had_events),
                 Err(error) => return Err(error.into()),
             };
             let mut changes = Vec::new();
-            let mut failure = None;
+            let mut failure: Option<WatchError> = None;
             for event in batch {
                 match event {
                     Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
-                        self.note_version(&object);
+                        self.go_on_from(object.meta().resource_version.clone());
                         self.upsert(object, &mut changes);
                     }
                     Ok(WatchEvent::Deleted(object)) => {
-                        self.note_version(&object);
+                        self.go_on_from(object.meta().resource_version.clone());
                         self.delete(object, &mut changes);
                     }
-                    Ok(WatchEvent::Bookmark(bookmark)) => self.version = Some(bookmark.metadata.resource_version),
+                    Ok(WatchEvent::Bookmark(bookmark)) => self.go_on_from(Some(bookmark.metadata.resource_version)),
                     Ok(WatchEvent::Error(status)) => failure = Some(WatchError::Event(status)),
+                    // Asked again, the server would send the same: the object stays as it was.
+                    Err(kube::Error::SerdeError(error)) => cannot_read(K::RESOURCE, &error),
                     Err(error) => failure = Some(error.into()),
                 }
             }
@@ -403,7 +369,177 @@ impl<K: Watched> Watch<K> {
             if let Some(failure) = failure {
                 return Err(failure.into());
             }
-            self.succeeded().await?;
+            had_events = true;
+            self.failures.expired = 0;
         }
     }
+
+    async fn open(&self, api: &Api<K>, version: &str, initial: bool) -> Result<Events<K>, WatchError> {
+        let spread = self.timing.watch.mul_f64(1.0 + random_fraction());
+        let parameters = WatchParams {
+            label_selector: self.selectors.labels.clone(),
+            field_selector: self.selectors.fields.clone(),
+            timeout: u32::try_from(spread.as_secs()).ok(),
+            bookmarks: true,
+            send_initial_events: initial,
+        };
+        match timeout(self.timing.answer, api.watch(&parameters, version)).await {
+            Ok(events) => Ok(events?.boxed()),
+            Err(_) => Err(WatchError::Silent(self.timing.answer)),
+        }
+    }
+
+    fn list(&mut self, object: K, listed: &mut Listed, changes: &mut Vec<Change>) {
+        if let Some(key) = self.upsert(object, changes) {
+            listed.keys.insert(key);
+        }
+    }
+
+    /// Passes the object on, unless it is known in this version.
+    fn upsert(&mut self, object: K, changes: &mut Vec<Change>) -> Option<ObjectKey> {
+        let version = object.meta().resource_version.clone().unwrap_or_default();
+        let mut object = object.object();
+        let key = object.key()?;
+        if self.known.get(&key) != Some(&version) || version.is_empty() {
+            self.known.insert(key.clone(), version);
+            object.trim();
+            changes.push(object.change(&key));
+        }
+        Some(key)
+    }
+
+    fn delete(&mut self, object: K, changes: &mut Vec<Change>) {
+        if let Some(key) = object.object().key()
+            && self.known.remove(&key).is_some()
+        {
+            changes.push(key.gone());
+        }
+    }
+
+    fn go_on_from(&mut self, version: Option<String>) {
+        if let Some(version) = version.filter(|version| !version.is_empty()) {
+            self.version = Some(version);
+        }
+    }
+
+    async fn send(&self, changes: Vec<Change>) -> Result<(), End> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.reports.send(Report::Changes(changes)).await.map_err(|_| End::Stopped)
+    }
+
+    async fn succeeded(&mut self) -> Result<(), End> {
+        self.failures.tries = 0;
+        self.failures.round.clear();
+        self.say(None).await
+    }
+
+    async fn say_listed(&mut self) -> Result<(), End> {
+        if self.listed {
+            return Ok(());
+        }
+        self.listed = true;
+        self.reports.send(Report::Listed(K::KIND)).await.map_err(|_| End::Stopped)
+    }
+
+    async fn say(&mut self, trouble: Option<SourceProblem>) -> Result<(), End> {
+        if self.trouble == trouble {
+            return Ok(());
+        }
+        self.trouble.clone_from(&trouble);
+        self.reports.send(Report::Trouble(K::KIND, trouble)).await.map_err(|_| End::Stopped)
+    }
+
+    /// Decides what to do after a failure, and says what is wrong.
+    async fn failed(&mut self, attempt: &Attempt, error: &WatchError) -> Result<Option<Duration>, End> {
+        let plural = K::RESOURCE.plural;
+        tracing::debug!(plural, url = self.servers.url(attempt), %error, "a list or watch failed");
+        match error.meaning() {
+            Meaning::Expired if self.version.take().is_some() => {
+                self.failures.expired += 1;
+                let before = self.failures.expired - 1;
+                return Ok((before > 0).then(|| self.timing.backoff.wait(before)));
+            }
+            Meaning::NoStreamingList if self.version.is_none() && self.streaming => {
+                self.streaming = false;
+                return Ok(None);
+            }
+            Meaning::WrongName if self.servers.wrong_name(attempt) => return Ok(None),
+            Meaning::Unreachable | Meaning::WrongName => self.servers.unreachable(attempt),
+            Meaning::Expired | Meaning::NoStreamingList | Meaning::Refused => {}
+        }
+        let problem = error.problem(K::RESOURCE, self.servers.url(attempt), self.servers.origin());
+        if K::OPTIONAL && (error.is_not_found() || error.is_forbidden()) {
+            let what = format!("{}; kproxy goes on without", problem.what);
+            self.say(Some(SourceProblem { what, ..problem })).await?;
+            self.say_listed().await?;
+            return Ok(Some(self.timing.optional));
+        }
+        self.failures.tries += 1;
+        self.failures.round.push(problem);
+        if self.failures.round.len() < self.servers.len() {
+            return Ok(None);
+        }
+        // All servers had their turn. What they said, in one sentence, and in an order that does not change.
+        let mut round = std::mem::take(&mut self.failures.round);
+        round.sort();
+        round.dedup();
+        let mut problem = round.remove(0);
+        for other in round {
+            problem.what = format!("{}; {}: {}", problem.what, other.place, other.what);
+        }
+        let rounds = self.failures.tries.div_ceil(u32::try_from(self.servers.len()).unwrap_or(u32::MAX));
+        if self.trouble.as_ref() == Some(&problem) && rounds.is_power_of_two() {
+            tracing::warn!(plural, tries = rounds, place = %problem.place, "still: {}", problem.what);
+        }
+        // An API server that restarts is away for a moment, which is no problem for what is known already.
+        if !self.listed || rounds > 1 || error.meaning() == Meaning::Refused {
+            self.say(Some(problem)).await?;
+        }
+        Ok(Some(self.timing.backoff.wait(rounds)))
+    }
+}
+
+/// What a list held.
+#[derive(Default)]
+struct Listed {
+    keys: HashSet<ObjectKey>,
+    /// Something in it could not be read: what is missing may be that.
+    is_partial: bool,
+}
+
+impl Listed {
+    fn cannot_read(&mut self, resource: Resource, error: &serde_json::Error) {
+        self.is_partial = true;
+        cannot_read(resource, error);
+    }
+
+    fn missing(&self, known: &HashMap<ObjectKey, String>) -> Vec<ObjectKey> {
+        if self.is_partial {
+            return Vec::new();
+        }
+        known.keys().filter(|key| !self.keys.contains(*key)).cloned().collect()
+    }
+}
+
+fn cannot_read(resource: Resource, error: &serde_json::Error) {
+    tracing::warn!(plural = resource.plural, %error, "an object was skipped: it is not as its API says");
+}
+
+/// The next event, and all others that are there already.
+async fn next_batch<K>(
+    events: &mut Events<K>,
+    wait: Duration,
+) -> Result<Option<Vec<kube::Result<WatchEvent<K>>>>, WatchError> {
+    let Some(first) = timeout(wait, events.next()).await.map_err(|_| WatchError::Silent(wait))? else {
+        return Ok(None);
+    };
+    let mut batch = vec![first];
+    while batch.len() < BATCH
+        && let Some(Some(event)) = events.next().now_or_never()
+    {
+        batch.push(event);
+    }
+    Ok(Some(batch))
 }
