@@ -192,18 +192,16 @@ impl Agent<'_> {
             self.attach()?;
         }
         self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
-        if has_news || report.counts.writes() > 0 {
+        let (services, frontends) = (self.syncer.services(), self.syncer.frontends());
+        let (writes, calls, failed) = (report.counts.writes(), report.calls, report.failed.len());
+        let (compute_us, total_us) = (compute.as_micros() as u64, started.elapsed().as_micros() as u64);
+        // A change of state where something was written, else of no interest but to who waits for it.
+        if has_news || writes > 0 {
             tracing::info!(
-                services = self.syncer.services(),
-                frontends = self.syncer.frontends(),
-                changed = looked_at,
-                writes = report.counts.writes(),
-                calls = report.calls,
-                failed = report.failed.len(),
-                compute_us = compute.as_micros() as u64,
-                total_us = started.elapsed().as_micros() as u64,
-                "synced"
+                services, frontends, changed = looked_at, writes, calls, failed, compute_us, total_us, "synced"
             );
+        } else {
+            tracing::debug!(services, frontends, changed = 0, writes, calls, failed, compute_us, total_us, "synced");
         }
         // Off the critical path: what was just written is in force already.
         self.syncer.settle(SystemTime::now());

@@ -240,18 +240,18 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn new(tables: &'a mut Tables, changes: &Changes<'a>) -> Self {
-        let mut services: BTreeMap<Arc<ServiceKey>, Option<&'a WantedService>> = BTreeMap::new();
-        if changes.complete {
-            services.extend(tables.services.keys().map(|key| (key.clone(), None)));
-        }
+        let mut services = Vec::with_capacity(changes.services.len());
         for (key, wanted) in changes.services {
             let known = tables.services.get_key_value(key).map(|(key, _)| key.clone());
-            services.insert(known.unwrap_or_else(|| Arc::new(key.clone())), wanted.as_ref());
+            let key = known.unwrap_or_else(|| Arc::new(key.clone()));
+            services.push(Candidate { key, wanted: wanted.as_ref(), fate: Fate::Planned });
         }
-        let services = services
-            .into_iter()
-            .map(|(key, wanted)| Candidate { key, wanted, fate: Fate::Planned })
-            .collect();
+        if changes.complete {
+            let gone = tables.services.keys().filter(|key| !changes.services.contains_key(key.as_ref()));
+            let mut gone: Vec<_> = gone.cloned().collect();
+            gone.sort_unstable();
+            services.extend(gone.into_iter().map(|key| Candidate { key, wanted: None, fate: Fate::Planned }));
+        }
         Self {
             tables,
             now: changes.now,

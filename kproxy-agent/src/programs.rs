@@ -8,7 +8,7 @@ mod attach;
 mod load;
 mod sys;
 
-pub use attach::{Attached, DeviceProgram, Hook, remove_clsact};
+pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
 pub use load::{
     Capacities, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval, has_tcx, pinned_maps,
 };

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{SchedClassifier, TcAttachType};
 use kproxy_lab::{
     Agent, Answer, EchoServer, Family, Lab, Manifests, Member, Node, Worker, WorkerError, WorkerResult,
     wait_for,
@@ -28,11 +29,16 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 /// What a refusal may take that comes from this node: less than the first retransmission.
 const AT_ONCE: Duration = Duration::from_millis(500);
 
+/// Steps that take longer than this say so.
+const SLOW: Duration = Duration::from_secs(1);
+
 /// A lab with agents that follow one folder.
 pub struct Cluster {
     pub lab: Lab,
     pub folder: Manifests,
     agents: BTreeMap<String, Agent>,
+    /// What [`Cluster::put`] wrote last, by file.
+    written: BTreeMap<String, String>,
 }
 
 impl Cluster {
@@ -45,9 +51,9 @@ impl Cluster {
         services: impl IntoIterator<Item = &'a Service>,
     ) -> Result<Self> {
         let folder = Manifests::create(lab.folder(), "manifests")?;
-        let mut cluster = Self { lab, folder, agents: BTreeMap::new() };
+        let mut cluster = Self { lab, folder, agents: BTreeMap::new(), written: BTreeMap::new() };
         for service in services {
-            cluster.folder.write(&file_name(service.name()), &service.yaml())?;
+            cluster.write(service)?;
         }
         cluster.start_agents(nodes, arguments)?;
         Ok(cluster)
@@ -79,24 +85,41 @@ impl Cluster {
         self.agents.remove(node);
     }
 
-    /// Writes Services into the folder and waits until every agent has them in the kernel.
-    pub fn put(&mut self, services: &[&Service]) -> Result<()> {
-        self.change(|folder| {
-            services.iter().try_for_each(|service| folder.write(&file_name(service.name()), &service.yaml()))
-        })
+    /// Writes a Service into the folder, and does not wait.
+    pub fn write(&mut self, service: &Service) -> Result<()> {
+        let (file, text) = (file_name(service.name()), service.yaml());
+        self.folder.write(&file, &text)?;
+        self.written.insert(file, text);
+        Ok(())
+    }
+
+    /// Writes a Service into the folder and waits until every agent has it in the kernel. One that
+    /// is there already is no change, and nothing is said about it.
+    pub fn put(&mut self, service: &Service) -> Result<()> {
+        if self.written.get(&file_name(service.name())) == Some(&service.yaml()) {
+            return Ok(());
+        }
+        self.change(|cluster| cluster.write(service))
     }
 
     /// Takes a Service out of the folder and waits until every agent has noticed.
     pub fn delete(&mut self, service: &Service) -> Result<()> {
-        self.change(|folder| folder.remove(&file_name(service.name())))
+        self.change(|cluster| cluster.forget(service))
+    }
+
+    /// Takes a Service out of the folder, and does not wait.
+    pub fn forget(&mut self, service: &Service) -> Result<()> {
+        let file = file_name(service.name());
+        self.written.remove(&file);
+        self.folder.remove(&file)
     }
 
     /// Changes the folder and waits until every agent has said that it is in the kernel.
-    pub fn change(&mut self, change: impl FnOnce(&Manifests) -> Result<()>) -> Result<()> {
+    pub fn change(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         for agent in self.agents.values_mut() {
             agent.mark();
         }
-        change(&self.folder)?;
+        change(self)?;
         for (name, agent) in &mut self.agents {
             agent.wait_synced().with_context(|| format!("the agent on {name}, after a change"))?;
         }
@@ -126,13 +149,35 @@ impl Cluster {
     }
 }
 
-/// What `kproxy services -o json` prints about one Service of the namespace `default`.
-pub fn service_view(node: &Node, name: &str) -> Result<Value> {
+/// What `kproxy services -o json` prints.
+pub fn services_view(node: &Node) -> Result<Value> {
     let text = node.kproxy(&["services", "-o", "json"])?.success()?;
-    let mut list: Value = serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))?;
-    let items = list["items"].as_array_mut().with_context(|| format!("no items: {text}"))?;
-    let found = items.iter_mut().find(|item| item["namespace"] == "default" && item["name"] == name);
-    found.map(Value::take).with_context(|| format!("{name} is not among: {text}"))
+    serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))
+}
+
+/// What it prints about one Service of the namespace `default`.
+pub fn service_view(node: &Node, name: &str) -> Result<Value> {
+    among(&services_view(node)?, name).cloned()
+}
+
+/// A Service of the namespace `default` in what `kproxy services -o json` prints.
+pub fn among<'a>(view: &'a Value, name: &str) -> Result<&'a Value> {
+    let mut items = view["items"].as_array().into_iter().flatten();
+    let found = items.find(|item| item["namespace"] == "default" && item["name"] == name);
+    found.with_context(|| format!("{name} is not among: {view}"))
+}
+
+/// The packet programs on an interface, by name, in both directions.
+pub fn packet_programs(node: &Node, interface: &str) -> Result<Vec<String>> {
+    node.netns().within(|| {
+        let mut names = Vec::new();
+        for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let (_, programs) = SchedClassifier::query_tcx(interface, direction)
+                .with_context(|| format!("cannot ask for the programs on {interface}"))?;
+            names.extend(programs.iter().filter_map(|program| program.name_as_str().map(str::to_owned)));
+        }
+        Ok(names)
+    })
 }
 
 /// A frontend in what `kproxy services -o json` prints about a Service.
@@ -328,18 +373,25 @@ pub fn eventually<T>(what: &str, condition: impl FnMut() -> Result<Option<T>>) -
 
 /// Does all steps, also after one that failed, and names the ones that did.
 pub struct Steps {
+    passed: usize,
     failed: Vec<String>,
 }
 
 impl Steps {
     pub fn new() -> Self {
-        Self { failed: Vec::new() }
+        Self { passed: 0, failed: Vec::new() }
     }
 
     pub fn step(&mut self, name: &str, step: impl FnOnce() -> Result<()>) {
         let start = Instant::now();
         match step() {
-            Ok(()) => eprintln!("  {name}: {:?}", start.elapsed()),
+            Ok(()) => {
+                self.passed += 1;
+                // What takes the run's time.
+                if start.elapsed() > SLOW {
+                    eprintln!("  {name}: {:?}", start.elapsed());
+                }
+            }
             Err(error) => {
                 eprintln!("  {name}: FAILED: {error:#}");
                 self.failed.push(format!("{name}: {error:#}"));
@@ -348,7 +400,15 @@ impl Steps {
     }
 
     pub fn done(self) -> Result<()> {
-        ensure!(self.failed.is_empty(), "{} failed:\n  {}", self.failed.len(), self.failed.join("\n  "));
+        let Self { passed, failed } = self;
+        ensure!(
+            failed.is_empty(),
+            "{} of {} steps:\n  {}",
+            failed.len(),
+            failed.len() + passed,
+            failed.join("\n  ")
+        );
+        eprintln!("  {passed} steps passed");
         Ok(())
     }
 }

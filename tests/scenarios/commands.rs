@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, frontend};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, frontend, packet_programs};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -73,11 +73,13 @@ fn services(ctx: &Context) -> Result<()> {
         ensure!(view["type"] == "LoadBalancer", "{view:#}");
         let (a2, b1) = (cluster.lab.pod("a2")?, cluster.lab.pod("b1")?);
         let by_ip = frontend(&view, web.cluster_ip(Family::V4), 80, "TCP")?;
-        let expected = json!([
-            {"address": format!("{}:{TARGET}", a2.v4()), "local": true},
-            {"address": format!("{}:{TARGET}", b1.v4()), "local": false},
-        ]);
-        ensure!(by_ip["backends"] == expected, "{by_ip:#}");
+        let expected = [
+            json!({"address": format!("{}:{TARGET}", a2.v4()), "local": true}),
+            json!({"address": format!("{}:{TARGET}", b1.v4()), "local": false}),
+        ];
+        let mut backends = by_ip["backends"].as_array().cloned().unwrap_or_default();
+        backends.sort_by_key(|one| one["address"].to_string());
+        ensure!(backends == expected, "{by_ip:#}");
         ensure!(by_ip["kind"] == "ClusterIP" && by_ip["mode"] == "forward", "{by_ip:#}");
         ensure!(by_ip["portName"] == "tcp-80" && by_ip["family"] == "IPv4", "{by_ip:#}");
         ensure!(by_ip["trafficPolicy"] == "Cluster", "{by_ip:#}");
@@ -261,6 +263,12 @@ fn left(node: &Node) -> Result<(String, Vec<String>)> {
         if !line.ends_with(':') && !line.trim().is_empty() {
             attached.push_str(line);
             attached.push('\n');
+        }
+    }
+    // Debian's bpftool does not know TCX.
+    for interface in ["eth0", "v-a1", "v-a2"] {
+        for name in packet_programs(node, interface)? {
+            attached.push_str(&format!("{interface} {name}\n"));
         }
     }
     let mut pinned = Vec::new();

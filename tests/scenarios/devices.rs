@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually};
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually, packet_programs};
 use crate::objects::{Service, cluster_ip};
 
 pub const SCENARIOS: &[Scenario] =
@@ -37,7 +37,9 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
     let pod = node.add_pod("a9", 2)?;
     let veth = veth_name("a9");
     let index = node.interface_index(&veth)?;
-    eventually("programs on the new interface", || Ok((attached(&node, &veth)? == 2).then_some(())))?;
+    eventually("programs on the new interface", || {
+        Ok((packet_programs(&node, &veth)?.len() == 2).then_some(()))
+    })?;
     ensure!(pinned(&node, index)? == 2, "{} pins for {veth}", pinned(&node, index)?);
 
     let client = Client::at(&pod)?;
@@ -58,7 +60,7 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
 
     // It becomes a backend, for clients inside and outside.
     let _server = pod.echo(TARGET)?;
-    cluster.put(&[&web.clone().pods(&[cluster.lab.pod("a2")?, &pod])])?;
+    cluster.put(&web.clone().pods(&[cluster.lab.pod("a2")?, &pod]))?;
     let other = cluster.pod("a1")?;
     for family in Family::BOTH {
         for transport in Transport::ALL {
@@ -67,7 +69,7 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
             outside.reaches(transport, node_port, &["a2", "a9"])?;
         }
     }
-    cluster.put(&[&web.clone().pods(&[cluster.lab.pod("a2")?])])?;
+    cluster.put(&web.clone().pods(&[cluster.lab.pod("a2")?]))?;
     drop((client, _server));
     node.remove_pod(pod)?;
     eventually("no pins of the interface", || Ok((pinned(&node, index)? == 0).then_some(())))
@@ -90,19 +92,13 @@ fn chosen(ctx: &Context) -> Result<()> {
             cluster.start_agents(&["node-a"], arguments)?;
             let mut seen = [0; 4];
             for (name, count) in ["eth0", "v-a1", "v-a2", "lo"].iter().zip(&mut seen) {
-                *count = attached(&node, name)?;
+                *count = packet_programs(&node, name)?.len();
             }
             ensure!(seen == expected, "programs on eth0, v-a1, v-a2, lo: {seen:?}, not {expected:?}");
             Ok(())
         });
     }
     steps.done()
-}
-
-/// How many programs hang on an interface.
-fn attached(node: &Node, interface: &str) -> Result<usize> {
-    let text = node.run(&["bpftool", "net", "show", "dev", interface])?.success()?;
-    Ok(text.lines().filter(|line| line.starts_with(&format!("{interface}("))).count())
 }
 
 /// How many links of an interface are pinned.

@@ -21,14 +21,15 @@ const MAPS: &[(&str, &[&str])] = &[
     ("service_info", &["name", "frontend", "changed"]),
     ("backend", &["address", "port", "location", "state"]),
     ("address", &["kind"]),
-    ("source_range", &["prefix_length", "number", "address"]),
+    ("source_range", &["prefix_len", "number", "address"]),
     ("affinity", &["client", "address", "last_used"]),
-    ("flow", &["source", "destination", "source_port", "protocol", "direction", "state"]),
+    ("flow", &["source", "destination", "source_port", "protocol", "state"]),
     ("flow_transient", &["source", "destination", "state"]),
     ("counter", &["connections", "pass_through"]),
     ("reason", &[]),
     ("config", &["host_netns_cookie", "service_cidrs", "cluster_cidrs"]),
     ("owner", &["layout_version", "pid", "node", "version"]),
+    ("device", &["value"]),
     ("socket_overflow", &["socket_cookie", "address", "port"]),
     ("socket", &[]),
 ];
@@ -75,7 +76,7 @@ fn dumps(ctx: &Context) -> Result<()> {
                 return Ok(());
             }
             let text = beginning(node, name)?;
-            let may_be_empty = ["affinity", "flow_transient", "socket_overflow"].contains(name);
+            let may_be_empty = ["affinity", "flow_transient", "socket_overflow", "device"].contains(name);
             ensure!(may_be_empty || text.contains("\"value\":"), "it is empty: {text}");
             for field in if text.contains("\"value\":") { *fields } else { &[] } {
                 ensure!(text.contains(&format!("\"{field}\":")), "no {field} in: {text}");

@@ -111,17 +111,19 @@ fn bad_input(ctx: &Context) -> Result<()> {
         Ok(())
     });
     steps.step("they are counted", || {
-        let agent = cluster.agent("node-a")?;
-        agent.mark();
-        agent.restart()?;
-        let line = agent.wait_synced()?;
-        let count = line.field("problems").with_context(|| format!("no field problems in {line:?}"))?;
-        let count: usize = count.parse()?;
-        ensure!(count >= BAD.len(), "{count} problems, {} bad files: {line:?}", BAD.len());
-        Ok(())
+        let node = cluster.node("node-a")?;
+        let url = "http://127.0.0.1:10249/metrics";
+        eventually("all of them in the metrics", || {
+            let text = node.run(&["curl", "-sS", "--max-time", "2", url])?.success()?;
+            let counts = text.lines().filter(|line| line.starts_with("kproxy_problems{"));
+            let counts = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok());
+            let sum: usize = counts.sum();
+            ensure!(sum == BAD.len(), "{} bad files, and {sum} problems: {text}", BAD.len());
+            Ok(Some(()))
+        })
     });
     steps.step("a frontend that two Services claim", || {
-        cluster.put(&[&older])?;
+        cluster.put(&older)?;
         for vip in &vips {
             client.reaches(Transport::Tcp, SocketAddr::new(*vip, 80), &["a2"])?;
         }
@@ -219,7 +221,7 @@ fn not_served(ctx: &Context) -> Result<()> {
     let mut steps = Steps::new();
     steps.step("headless and ExternalName", || {
         cluster.folder.write("headless.yaml", headless)?;
-        cluster.put(&[&Service::new("after", 11).tcp(80, TARGET)])?;
+        cluster.put(&Service::new("after", 11).tcp(80, TARGET))?;
         let printed = cluster.node("node-a")?.kproxy(&["services", "-o", "json"])?.success()?;
         ensure!(!printed.contains("headless") && !printed.contains("alias"), "{printed}");
         ensure!(!cluster.agent("node-a")?.log().iter().any(|line| names(line, &["default/headless"])));
@@ -229,10 +231,10 @@ fn not_served(ctx: &Context) -> Result<()> {
         let to = SocketAddr::new(web.cluster_ip(family), 80);
         steps.step(&format!("another proxy's label comes and goes, {family:?}"), || {
             client.reaches(Transport::Tcp, to, &["a2"])?;
-            cluster.put(&[&others])?;
+            cluster.put(&others)?;
             client.gets_silence(Transport::Tcp, to)?;
             eventually("it left alone", || Ok((cluster.lab.strays_to(to.ip())? > 0).then_some(())))?;
-            cluster.put(&[&web])?;
+            cluster.put(&web)?;
             client.reaches(Transport::Tcp, to, &["a2"])
         });
     }
@@ -240,7 +242,7 @@ fn not_served(ctx: &Context) -> Result<()> {
         let mut slice = web.slice(Family::V4);
         slice["metadata"]["labels"]["service.kubernetes.io/headless"] = serde_json::json!("");
         let text = format!("---\n{:#}\n---\n{slice:#}\n", web.object());
-        cluster.change(|folder| folder.write(&file_name("web"), &text))?;
+        cluster.change(|cluster| cluster.folder.write(&file_name("web"), &text))?;
         client.is_refused(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80))
     });
     steps.done()

@@ -64,31 +64,31 @@ fn changes(ctx: &Context) -> Result<()> {
 /// New connections follow the endpoints, without a failure; open ones stay where they are.
 fn endpoints(cluster: &mut Cluster, base: &Service, client: &Client, family: Family) -> Result<()> {
     let (a2, b1) = (cluster.lab.pod("a2")?.clone(), cluster.lab.pod("b1")?.clone());
-    cluster.put(&[&base.clone().pods(&[&a2])])?;
+    cluster.put(&base.clone().pods(&[&a2]))?;
     let to = SocketAddr::new(base.cluster_ip(family), 80);
     let worker = &client.worker;
     let open = worker.tcp_connect(to)?;
     ensure!(worker.tcp_ask(open.id, "1")?.server == "a2");
     let burst = worker.burst_start(BurstSpec::new(to))?;
 
-    cluster.put(&[&base.clone().pods(&[&a2, &b1])])?;
+    cluster.put(&base.clone().pods(&[&a2, &b1]))?;
     client.reaches(Transport::Tcp, to, &["a2", "b1"])?;
-    cluster.put(&[&base.clone().pods(&[&b1])])?;
+    cluster.put(&base.clone().pods(&[&b1]))?;
     for _ in 0..10 {
         client.reaches(Transport::Tcp, to, &["b1"])?;
     }
     // Not ready is the same as gone.
-    cluster.put(&[&base.clone().endpoints([Endpoint::of(&a2), Endpoint::of(&b1).not_ready()])])?;
+    cluster.put(&base.clone().endpoints([Endpoint::of(&a2), Endpoint::of(&b1).not_ready()]))?;
     for _ in 0..10 {
         client.reaches(Transport::Tcp, to, &["a2"])?;
     }
-    cluster.put(&[&base.clone().pods(&[&b1])])?;
+    cluster.put(&base.clone().pods(&[&b1]))?;
     ensure!(worker.tcp_ask(open.id, "2")?.server == "a2", "the open connection has moved");
     let report = worker.burst_stop(burst)?;
     ensure!(report.failures() == 0 && report.ok > 0, "{report:?}");
     ensure!(["a2", "b1"].iter().all(|name| report.servers.contains_key(*name)), "{report:?}");
 
-    cluster.put(&[base])?;
+    cluster.put(base)?;
     for transport in Transport::ALL {
         client.is_refused(transport, to)?;
     }
@@ -108,7 +108,7 @@ fn datagrams(cluster: &mut Cluster, base: &Service, client: &Client, family: Fam
         Ok(serde_json::from_str::<Answer>(&datagram.data)?.server)
     };
     for (pods, expected) in [(&[&a2][..], "a2"), (&[&a2, &b1], "a2"), (&[&b1], "b1"), (&[&a2, &b1], "b1")] {
-        cluster.put(&[&base.clone().pods(pods)])?;
+        cluster.put(&base.clone().pods(pods))?;
         let servers = (0..8).map(|_| ask()).collect::<Result<BTreeSet<_>>>()?;
         ensure!(servers == BTreeSet::from([expected.to_owned()]), "{servers:?}, not {expected}");
     }
@@ -117,7 +117,7 @@ fn datagrams(cluster: &mut Cluster, base: &Service, client: &Client, family: Fam
 
 fn deleted(cluster: &mut Cluster, base: &Service, client: &Client, family: Family) -> Result<()> {
     let web = base.clone().pods(&[cluster.lab.pod("b1")?]);
-    cluster.put(&[&web])?;
+    cluster.put(&web)?;
     let worker = &client.worker;
     let address = base.cluster_ip(family);
     let to = SocketAddr::new(address, 80);
@@ -141,7 +141,7 @@ fn deleted(cluster: &mut Cluster, base: &Service, client: &Client, family: Famil
     let printed = cluster.node("node-a")?.kproxy(&["services", "-o", "json"])?.success()?;
     ensure!(!printed.contains("\"web\""), "still printed: {printed}");
 
-    cluster.put(&[&web])?;
+    cluster.put(&web)?;
     client.reaches(Transport::Tcp, to, &["b1"])?;
     worker.udp_send_to(datagrams.id, to, "again")?;
     ensure!(worker.udp_receive(datagrams.id, SECOND)?.from == to);
@@ -166,7 +166,7 @@ fn switched(cluster: &mut Cluster, base: &Service, client: &Client, family: Fami
     let mut open = Vec::new();
     let mut counted = elb.connections("web")?;
     for (round, service) in [&short, &long, &short, &long].into_iter().enumerate() {
-        cluster.put(&[service])?;
+        cluster.put(service)?;
         let is_long = round % 2 == 1;
         let socket = worker.tcp_connect(to)?;
         open.push((socket.id, is_long));
@@ -187,16 +187,16 @@ fn switched(cluster: &mut Cluster, base: &Service, client: &Client, family: Fami
 fn from_outside(cluster: &mut Cluster, base: &Service, family: Family) -> Result<()> {
     let (a1, a2) = (cluster.lab.pod("a1")?.clone(), cluster.lab.pod("a2")?.clone());
     let _server = a1.echo(TARGET)?;
-    cluster.put(&[&base.clone().pods(&[&a2])])?;
+    cluster.put(&base.clone().pods(&[&a2]))?;
     let client = Client::at(cluster.lab.host("client")?)?;
     let to = SocketAddr::new(cluster.node("node-a")?.ip(family), NODE_PORT);
     let worker = &client.worker;
     let open = worker.tcp_connect(to)?;
     worker.tcp_ask(open.id, "1")?;
     let burst = worker.burst_start(BurstSpec::new(to))?;
-    cluster.put(&[&base.clone().pods(&[&a1, &a2])])?;
+    cluster.put(&base.clone().pods(&[&a1, &a2]))?;
     client.reaches(Transport::Tcp, to, &["a1", "a2"])?;
-    cluster.put(&[&base.clone().pods(&[&a1])])?;
+    cluster.put(&base.clone().pods(&[&a1]))?;
     for _ in 0..10 {
         client.reaches(Transport::Tcp, to, &["a1"])?;
     }
@@ -221,12 +221,12 @@ fn many(cluster: &mut Cluster, base: &Service) -> Result<()> {
     let to = SocketAddr::new(base.cluster_ip(Family::V4), 80);
     for round in 0..20 {
         let pod = &pods[round % 2];
-        cluster.put(&[&base.clone().pods(&[pod])])?;
+        cluster.put(&base.clone().pods(&[pod]))?;
         client.reaches(Transport::Tcp, to, &[pod.name()]).with_context(|| format!("change {round}"))?;
     }
     // Without waiting: the last one counts.
     for round in 0..20 {
-        cluster.folder.write("web.yaml", &base.clone().pods(&[&pods[round % 2]]).yaml())?;
+        cluster.write(&base.clone().pods(&[&pods[round % 2]]))?;
     }
     wait_until("the last of many changes", DEADLINE, || {
         Ok((0..10).all(|_| client.reaches(Transport::Tcp, to, &["b1"]).is_ok()))

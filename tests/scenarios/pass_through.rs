@@ -1,13 +1,16 @@
 //! Pass-through: which rule decides, and which way a connection to a load-balancer address takes.
 //! HAProxy's own counter is the proof.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{Check, Context, Elb, ElbSpec, Family, Frontend, Lab, NodeSpec};
+use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, frontend};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, among, frontend, services_view};
+use crate::dumps;
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -174,6 +177,9 @@ const GROUPS: &[(&[&str], &[Row])] = &[
     ),
 ];
 
+/// Where agents run.
+const NODES: &[&str] = &["node-a", "node-c"];
+
 /// A node with the only backend and one without; the load balancer leads to the first.
 fn lab(ctx: &Context) -> Result<Lab> {
     ctx.lab(|lab| {
@@ -199,6 +205,12 @@ struct Tried<'a> {
     service: Service,
     port: u16,
     node_port: u16,
+}
+
+impl Tried<'_> {
+    fn way(&self, is_pod: bool) -> Way {
+        if is_pod { self.row.pod } else { self.row.host }
+    }
 }
 
 fn tried(lab: &Lab) -> Result<Vec<Vec<Tried<'static>>>> {
@@ -231,16 +243,27 @@ fn rules(ctx: &Context) -> Result<()> {
         .collect();
     elb.configure(&frontends)?;
     let services: Vec<_> = all.iter().map(|one| one.service.clone()).collect();
-    let mut cluster = Cluster::start(lab, &["node-a", "node-c"], GROUPS[0].0, &services)?;
+    let mut cluster = Cluster::start(lab, NODES, GROUPS[0].0, &services)?;
     let _servers = cluster.servers(&["a2"])?;
     let clients = clients(&cluster)?;
     let mut steps = Steps::new();
     for ((arguments, _), rows) in GROUPS.iter().zip(&groups) {
         if !arguments.is_empty() {
-            cluster.start_agents(&["node-a", "node-c"], arguments)?;
+            cluster.start_agents(NODES, arguments)?;
         }
+        let before = views(&cluster)?;
         for one in rows {
-            steps.step(one.row.what, || takes_the_way(&cluster, &elb, one, &clients));
+            steps.step(one.row.what, || takes_the_way(&elb, one, &clients));
+        }
+        let after = views(&cluster)?;
+        for one in rows {
+            steps.step(&format!("{}, as the node tells it", one.row.what), || {
+                for vip in elb.vips() {
+                    counted(one, *vip, &clients, &before, &after)?;
+                    told(&cluster, one, *vip, &after)?;
+                }
+                Ok(())
+            });
         }
         if arguments.is_empty() {
             steps.step("unknown values and idle source ranges are reported", || reported(&mut cluster, rows));
@@ -249,68 +272,78 @@ fn rules(ctx: &Context) -> Result<()> {
     steps.done()
 }
 
-fn takes_the_way(
-    cluster: &Cluster,
-    elb: &Elb,
-    one: &Tried<'_>,
-    clients: &[(Client, &'static str, bool)],
-) -> Result<()> {
+/// Each client asks each address once.
+fn takes_the_way(elb: &Elb, one: &Tried<'_>, clients: &[(Client, &str, bool)]) -> Result<()> {
     for vip in elb.vips() {
         let to = SocketAddr::new(*vip, one.port);
-        let counts = |node: &str| -> Result<[u64; 2]> {
-            let view = cluster.service(node, one.service.name())?;
-            let frontend = frontend(&view, *vip, one.port, "TCP")?;
-            let count = |name: &str| frontend[name].as_u64().with_context(|| format!("{name} in {frontend}"));
-            Ok([count("connections")?, count("passThroughConnections")?])
-        };
-        for (client, node, is_pod) in clients {
+        for (client, _, is_pod) in clients {
             let what = format!("{} to {to}", client.name);
-            let expected = if *is_pod { one.row.pod } else { one.row.host };
-            let (before, counted) = (elb.connections(one.service.name())?, counts(node)?);
+            let before = elb.connections(one.service.name())?;
             let answer = client.worker.ask_tcp(to).with_context(|| what.clone())?;
             ensure!(answer.server == "a2", "{what}: {answer:?}");
             let after = elb.connections(one.service.name())?;
             let seen = answer.client.ip().to_canonical();
-            let [short, long] = counted;
-            match expected {
+            match one.way(*is_pod) {
                 Long => {
                     ensure!(after == before + 1, "{what}: not through the load balancer: {answer:?}");
                     ensure!(seen == elb.v4(), "{what}: seen as {seen}");
-                    ensure!(counts(node)? == [short, long + 1], "{what}: counted {:?}", counts(node)?);
                 }
                 Short => {
                     ensure!(after == before, "{what}: through the load balancer: {answer:?}");
                     ensure!(client.addresses.contains(&seen), "{what}: seen as {seen}");
-                    ensure!(counts(node)? == [short + 1, long], "{what}: counted {:?}", counts(node)?);
                 }
             }
         }
-        let view = cluster.service("node-a", one.service.name())?;
-        let frontend = frontend(&view, *vip, one.port, "TCP")?;
-        let mode = match (one.row.pod, one.row.host) {
-            (Short, Short) => "forward",
-            (Long, Long) => "pass-through",
-            (Long, Short) => "pass-through for pods",
-            (Short, Long) => "pass-through for the host",
-        };
-        ensure!(frontend["mode"] == mode, "mode, in {frontend}");
-        ensure!(frontend["passThroughRule"] == one.row.rule, "rule, in {frontend}");
-        shown_in_map(cluster, frontend, mode)?;
     }
     Ok(())
 }
 
-/// Whoever dumps the map sees it by its name.
-fn shown_in_map(cluster: &Cluster, frontend: &serde_json::Value, mode: &str) -> Result<()> {
-    let number = frontend["number"].as_u64().with_context(|| format!("no number in {frontend}"))?;
-    let text = crate::dumps::element(cluster.node("node-a")?, "service", u32::try_from(number)?)?;
-    let name = match mode {
-        "forward" => "Forward",
-        "pass-through" => "PassThrough",
-        "pass-through for pods" => "PassThroughPods",
-        _ => "PassThroughHost",
+/// What `kproxy services -o json` prints, by node.
+type Views = BTreeMap<&'static str, Value>;
+
+fn views(cluster: &Cluster) -> Result<Views> {
+    NODES.iter().map(|node| Ok((*node, services_view(cluster.node(node)?)?))).collect()
+}
+
+/// Connections are counted where they were made, as what they were.
+fn counted(
+    one: &Tried<'_>,
+    vip: IpAddr,
+    clients: &[(Client, &str, bool)],
+    before: &Views,
+    after: &Views,
+) -> Result<()> {
+    for node in NODES {
+        let count = |views: &Views, name: &str| -> Result<u64> {
+            let service = among(&views[node], one.service.name())?;
+            let frontend = frontend(service, vip, one.port, "TCP")?;
+            frontend[name].as_u64().with_context(|| format!("{name} in {frontend}"))
+        };
+        for (name, way) in [("connections", Short), ("passThroughConnections", Long)] {
+            let here = clients.iter().filter(|(_, at, is_pod)| at == node && one.way(*is_pod) == way);
+            let (expected, counted) = (here.count() as u64, count(after, name)? - count(before, name)?);
+            ensure!(counted == expected, "{vip} on {node}: {counted} {name}, not {expected}");
+        }
+    }
+    Ok(())
+}
+
+/// Mode and rule, in the command's output and in the map.
+fn told(cluster: &Cluster, one: &Tried<'_>, vip: IpAddr, views: &Views) -> Result<()> {
+    let service = among(&views["node-a"], one.service.name())?;
+    let frontend = frontend(service, vip, one.port, "TCP")?;
+    let (mode, name) = match (one.row.pod, one.row.host) {
+        (Short, Short) => ("forward", "Forward"),
+        (Long, Long) => ("pass-through", "PassThrough"),
+        (Long, Short) => ("pass-through for pods", "PassThroughPods"),
+        (Short, Long) => ("pass-through for the host", "PassThroughHost"),
     };
-    ensure!(text.contains(&format!("\"mode\": \"{name}\"")), "no {name} in {text}");
+    ensure!(frontend["mode"] == mode, "not {mode}: {frontend}");
+    ensure!(frontend["passThroughRule"] == one.row.rule, "not {}: {frontend}", one.row.rule);
+    let number = frontend["number"].as_u64().with_context(|| format!("no number in {frontend}"))?;
+    let text = dumps::element(cluster.node("node-a")?, "service", u32::try_from(number)?)?;
+    let value: Value = serde_json::from_str(&text)?;
+    ensure!(value["value"]["inside"]["mode"] == name, "no {name} in {text}");
     Ok(())
 }
 
@@ -364,7 +397,7 @@ fn ports(ctx: &Context) -> Result<()> {
             .load_balancers(&vips[1..]),
         Service::new("empty", 15).tcp(9094, TARGET).load_balancers(&vips).annotation(ELB, "true"),
     ];
-    let cluster = Cluster::start(lab, &["node-a", "node-c"], &[], &services)?;
+    let cluster = Cluster::start(lab, NODES, &[], &services)?;
     let _server = cluster.servers(&["a2"])?;
     let beyond = (9090..=9094).map(|port| cluster.lab.elb()?.echo(port)).collect::<Result<Vec<_>>>()?;
     let mut steps = Steps::new();
@@ -408,7 +441,7 @@ fn the_rest(ctx: &Context) -> Result<()> {
         .local()
         .annotation(ELB, "true")
         .pods(&[lab.pod("a2")?]);
-    let cluster = Cluster::start(lab, &["node-a", "node-c"], &[], [&web])?;
+    let cluster = Cluster::start(lab, NODES, &[], [&web])?;
     let _server = cluster.servers(&["a2"])?;
     let mut steps = Steps::new();
     for (client, node, _) in clients(&cluster)? {

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, Transport, family_of};
+use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, Transport, family_of, packet_programs};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::restarts_are_not_noticed", restarts)];
@@ -88,9 +88,9 @@ fn restarts(ctx: &Context) -> Result<()> {
         under_load(&mut cluster, &web, &ALL[..2], |cluster, load| {
             cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
             let fewer = web.clone().pods(&[cluster.lab.pod("b1")?]);
-            cluster.folder.write("web.yaml", &fewer.yaml())?;
-            cluster.folder.write("later.yaml", &later.yaml())?;
-            cluster.folder.remove("passed.yaml")?;
+            cluster.write(&fewer)?;
+            cluster.write(&later)?;
+            cluster.forget(&passed)?;
             let client = cluster.pod("a1")?;
             for family in Family::BOTH {
                 let to = SocketAddr::new(later.cluster_ip(family), 80);
@@ -109,7 +109,7 @@ fn restarts(ctx: &Context) -> Result<()> {
             ensure!(!printed.contains("\"passed\""), "still served: {printed}");
             load.goes_on()
         })?;
-        cluster.put(&[&web])
+        cluster.put(&web)
     });
     steps.step("SIGTERM leaves the dataplane working", || {
         under_load(&mut cluster, &web, ALL, |cluster, load| {
@@ -145,6 +145,7 @@ fn upgrade(cluster: &mut Cluster, web: &Service) -> Result<()> {
             load.goes_on().with_context(|| format!("with {}", binary.display()))?;
             drop(agent);
         }
+        ensure!(before.len() >= 8 + 2 * 3, "{before:?}");
         // Exchanged, not added.
         let after = attached(&node)?;
         ensure!(before == after, "attached before: {before:?}, after: {after:?}");
@@ -152,13 +153,17 @@ fn upgrade(cluster: &mut Cluster, web: &Service) -> Result<()> {
     })
 }
 
-/// How many programs hang on the node's cgroup, and on its interfaces.
-fn attached(node: &Node) -> Result<(usize, usize)> {
+/// The programs on the node's cgroup and on its interfaces, by name.
+fn attached(node: &Node) -> Result<Vec<String>> {
     let cgroup = node.command("bpftool")?.args(["-j", "cgroup", "show"]).arg(node.cgroup_root());
     let cgroup: Value = serde_json::from_str(&cgroup.run()?.success()?)?;
-    let net: Value = serde_json::from_str(&node.run(&["bpftool", "-j", "net", "show"])?.success()?)?;
-    let count = |value: &Value| value.as_array().map_or(0, Vec::len);
-    Ok((count(&cgroup), count(&net[0]["tc"])))
+    let names = cgroup.as_array().into_iter().flatten().map(|one| one["name"].to_string());
+    let mut names: Vec<_> = names.collect();
+    names.sort_unstable();
+    for interface in ["eth0", "v-a1", "v-a2"] {
+        names.extend(packet_programs(node, interface)?);
+    }
+    Ok(names)
 }
 
 fn second(cluster: &mut Cluster, web: &Service) -> Result<()> {
@@ -172,9 +177,9 @@ fn second(cluster: &mut Cluster, web: &Service) -> Result<()> {
     // The first goes on.
     let client = cluster.pod("a1")?;
     let fewer = web.clone().pods(&[cluster.lab.pod("b1")?]);
-    cluster.put(&[&fewer])?;
+    cluster.put(&fewer)?;
     client.reaches(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80), &["b1"])?;
-    cluster.put(&[web])
+    cluster.put(web)
 }
 
 /// Waits for the new agent to be in force, and says how often it wrote into a map for that.

@@ -166,10 +166,8 @@ impl Elb {
     /// # Errors
     /// When HAProxy does not answer.
     pub fn server_connections(&self, frontend: &str) -> Result<BTreeMap<String, u64>> {
-        let backend = backend_name(frontend);
-        let rows = parse_stat(&self.ask("show stat")?)?;
-        rows.iter()
-            .filter(|row| row["pxname"] == backend && row["svname"] != "BACKEND")
+        self.servers(frontend)?
+            .iter()
             .map(|row| {
                 let count = row["stot"].parse();
                 let count = count.with_context(|| format!("HAProxy counts {:?} sessions", row["stot"]))?;
@@ -188,19 +186,10 @@ impl Elb {
     /// # Errors
     /// When HAProxy does not answer.
     pub fn servers_up(&self, frontend: &str) -> Result<Vec<String>> {
-        let backend = backend_name(frontend);
-        let rows = parse_stat(&self.ask("show stat")?)?;
-        let servers = rows.into_iter().filter(|row| {
-            row["pxname"] == backend
-                && row["svname"] != "BACKEND"
-                && (row["status"].starts_with("UP") || row["status"] == "no check")
-                // Unknown yet counts as up for HAProxy, not for whoever waits.
-                && row["check_status"] != "INI"
-        });
-        Ok(servers.map(|row| row["svname"].clone()).collect())
+        Ok(names_up(&self.servers(frontend)?))
     }
 
-    /// Waits until exactly these servers of a frontend are up.
+    /// Waits until exactly these servers of a frontend are up, and the others were found down.
     ///
     /// # Errors
     /// When the deadline passes.
@@ -210,9 +199,12 @@ impl Elb {
         let what = format!("the servers of {frontend} that are up being {names:?}");
         let mut last = Vec::new();
         wait_until(&what, deadline, || {
-            last = self.servers_up(frontend)?;
+            let servers = self.servers(frontend)?;
+            last = names_up(&servers);
             last.sort_unstable();
-            Ok(last == wanted)
+            // HAProxy uses a server until its first check has failed, which may take the check's
+            // whole timeout.
+            Ok(last == wanted && !servers.iter().any(is_unchecked))
         })
         .with_context(|| format!("up are {last:?}"))
     }
@@ -244,6 +236,14 @@ impl Elb {
         Ok(text)
     }
 
+    /// What HAProxy tells of a frontend's servers.
+    fn servers(&self, frontend: &str) -> Result<Vec<BTreeMap<String, String>>> {
+        let backend = backend_name(frontend);
+        let mut rows = parse_stat(&self.ask("show stat")?)?;
+        rows.retain(|row| row["pxname"] == backend && row["svname"] != "BACKEND");
+        Ok(rows)
+    }
+
     fn counter(&self, frontend: &str) -> Result<u64> {
         let rows = parse_stat(&self.ask("show stat")?)?;
         let row = rows
@@ -268,6 +268,18 @@ impl Deref for Elb {
     fn deref(&self) -> &Member {
         &self.member
     }
+}
+
+fn names_up(servers: &[BTreeMap<String, String>]) -> Vec<String> {
+    let up = servers
+        .iter()
+        .filter(|row| (row["status"].starts_with("UP") || row["status"] == "no check") && !is_unchecked(row));
+    up.map(|row| row["svname"].clone()).collect()
+}
+
+/// Whether a server's first health check has not ended yet.
+fn is_unchecked(server: &BTreeMap<String, String>) -> bool {
+    server["check_status"].contains("INI")
 }
 
 fn backend_name(frontend: &str) -> String {

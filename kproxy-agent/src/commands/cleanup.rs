@@ -22,11 +22,6 @@ pub fn run(common: &Common, _args: &CleanupArgs) -> Result<()> {
     let filters = remove_filters()?;
     let links = remove_all(&root.join("links"), |_| true)?;
     let maps = remove_all(root, |name| programs::pinned_maps().contains(&name))?;
-    fs::remove_dir(root).or_else(|error| match error.raw_os_error() {
-        // Something of somebody else's is in it: that stays.
-        Some(libc::ENOTEMPTY) => Ok(()),
-        _ => Err(error).with_context(|| format!("cannot remove the folder {}", root.display())),
-    })?;
     println!("removed {links} links, {filters} filters and {maps} maps of kproxy from {}", root.display());
     Ok(())
 }
@@ -55,10 +50,15 @@ fn remove_all(folder: &Path, ours: impl Fn(&str) -> bool) -> Result<usize> {
         if entry.path().is_dir() || !entry.file_name().to_str().is_some_and(&ours) {
             continue;
         }
+        // Without its pin a link goes too, but in its own time.
+        programs::detach(&entry.path());
         fs::remove_file(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
         removed += 1;
     }
-    // Not empty, or the root itself, which goes last.
-    let _ = fs::remove_dir(folder);
+    fs::remove_dir(folder).or_else(|error| match error.raw_os_error() {
+        // Something of somebody else's is in it: that stays.
+        Some(libc::ENOTEMPTY) => Ok(()),
+        _ => Err(error).with_context(|| format!("cannot remove the folder {}", folder.display())),
+    })?;
     Ok(removed)
 }

@@ -173,13 +173,15 @@ fn frontend(row: &Row<'_>, port_name: &str, backend: &impl Fn(u32) -> Option<Bac
 
 fn backends(side: &Side, backend: &impl Fn(u32) -> Option<Backend>) -> Vec<BackendView> {
     let first = side.first_slot();
-    (first..first.saturating_add(u32::from(side.count())))
+    let mut views: Vec<BackendView> = (first..first.saturating_add(u32::from(side.count())))
         .filter_map(backend)
         .map(|backend| BackendView {
             address: std::net::SocketAddr::new(backend.address().into(), backend.port()).to_string(),
             local: backend.is_local(),
         })
-        .collect()
+        .collect();
+    views.sort();
+    views
 }
 
 fn text(list: &List, wide: bool, now: u64) -> String {

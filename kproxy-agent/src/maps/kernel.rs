@@ -23,7 +23,7 @@ use self::batch::Batches;
 pub(in crate::maps) use self::grace::Grace;
 use super::{
     MapWriter, WriteError,
-    sys::{Map, Mapping},
+    sys::{Map, Mapping, bytes_of},
 };
 use crate::plan::{Capacity, Word};
 
@@ -159,13 +159,11 @@ impl KernelMaps {
 
 impl MapWriter for KernelMaps {
     fn write_backends(&mut self, first_slot: u32, backends: &[Backend]) -> Result<(), WriteError> {
-        let bytes: Vec<u8> = backends.iter().flat_map(Backend::to_bytes).collect();
-        self.backend.write(first_slot, 0, &bytes).map_err(failed(map_names::BACKEND))
+        self.backend.write(first_slot, 0, bytes_of(backends)).map_err(failed(map_names::BACKEND))
     }
 
     fn write_info(&mut self, number: u32, info: &ServiceInfo) -> Result<(), WriteError> {
-        let bytes = read::info_to_bytes(info);
-        self.service_info.write(number, 0, &bytes).map_err(failed(map_names::SERVICE_INFO))
+        self.service_info.write(number, 0, bytes_of(&[*info])).map_err(failed(map_names::SERVICE_INFO))
     }
 
     fn write_entry(&mut self, number: u32, entry: &ServiceEntry) -> Result<(), WriteError> {
@@ -187,36 +185,32 @@ impl MapWriter for KernelMaps {
     }
 
     fn insert_frontends(&mut self, frontends: &[(FrontendKey, u32)]) -> Vec<Result<(), WriteError>> {
-        let keys: Vec<u8> = frontends.iter().flat_map(|(key, _)| key.to_bytes()).collect();
+        let keys: Vec<FrontendKey> = frontends.iter().map(|(key, _)| *key).collect();
         let values: Vec<u8> = frontends.iter().flat_map(|(_, number)| number.to_ne_bytes()).collect();
-        self.batches.insert(map_names::FRONTEND, &self.frontend, &keys, &values)
+        self.batches.insert(map_names::FRONTEND, &self.frontend, bytes_of(&keys), &values)
     }
 
     fn delete_frontends(&mut self, keys: &[FrontendKey]) -> Vec<Result<(), WriteError>> {
-        let keys: Vec<u8> = keys.iter().flat_map(FrontendKey::to_bytes).collect();
-        self.batches.delete(map_names::FRONTEND, &self.frontend, &keys)
+        self.batches.delete(map_names::FRONTEND, &self.frontend, bytes_of(keys))
     }
 
     fn insert_addresses(&mut self, addresses: &[(Address, AddressKind)]) -> Vec<Result<(), WriteError>> {
-        let keys: Vec<u8> = addresses.iter().flat_map(|(address, _)| address.octets()).collect();
+        let keys: Vec<Address> = addresses.iter().map(|(address, _)| *address).collect();
         let values: Vec<u8> = addresses.iter().flat_map(|(_, kind)| [*kind as u8, 0, 0, 0]).collect();
-        self.batches.insert(map_names::ADDRESS, &self.address, &keys, &values)
+        self.batches.insert(map_names::ADDRESS, &self.address, bytes_of(&keys), &values)
     }
 
     fn delete_addresses(&mut self, addresses: &[Address]) -> Vec<Result<(), WriteError>> {
-        let keys: Vec<u8> = addresses.iter().flat_map(Address::octets).collect();
-        self.batches.delete(map_names::ADDRESS, &self.address, &keys)
+        self.batches.delete(map_names::ADDRESS, &self.address, bytes_of(addresses))
     }
 
     fn insert_source_ranges(&mut self, keys: &[SourceRangeKey]) -> Vec<Result<(), WriteError>> {
         let values = vec![0; keys.len() * self.source_range.value_bytes()];
-        let keys: Vec<u8> = keys.iter().flat_map(read::range_to_bytes).collect();
-        self.batches.insert(map_names::SOURCE_RANGE, &self.source_range, &keys, &values)
+        self.batches.insert(map_names::SOURCE_RANGE, &self.source_range, bytes_of(keys), &values)
     }
 
     fn delete_source_ranges(&mut self, keys: &[SourceRangeKey]) -> Vec<Result<(), WriteError>> {
-        let keys: Vec<u8> = keys.iter().flat_map(read::range_to_bytes).collect();
-        self.batches.delete(map_names::SOURCE_RANGE, &self.source_range, &keys)
+        self.batches.delete(map_names::SOURCE_RANGE, &self.source_range, bytes_of(keys))
     }
 
     fn grace(&mut self) -> Result<(), WriteError> {

@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     io,
     marker::PhantomData,
-    mem::size_of,
+    mem::{size_of, size_of_val},
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -14,6 +14,8 @@ use std::{
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
+
+use kproxy_common::{Address, Backend, FrontendKey, Owner, ServiceInfo, SourceRangeKey};
 
 // Commands and constants of linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -414,6 +416,32 @@ impl Drop for Mapping {
         // SAFETY: the mapping was made with this length, and nothing points into it once its owner is gone.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
+}
+
+/// Values whose bytes in memory are those of the map.
+///
+/// # Safety
+///
+/// Every byte of a value must be initialised: the type is `repr(C)` without implicit padding.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: `repr(C)`, its padding is a field, and its size in the map is asserted where it is defined.
+unsafe impl Plain for Backend {}
+// SAFETY: as for `Backend`; 192 + 8 + 20 + 4 bytes, each field aligned where it lies.
+unsafe impl Plain for ServiceInfo {}
+// SAFETY: as for `Backend`; the last of its 20 bytes is a field that pads.
+unsafe impl Plain for FrontendKey {}
+// SAFETY: as for `Backend`; 4 + 4 + 16 bytes.
+unsafe impl Plain for SourceRangeKey {}
+// SAFETY: as for `Backend`; 4 + 4 + 8 + 64 + 16 bytes.
+unsafe impl Plain for Owner {}
+// SAFETY: sixteen octets.
+unsafe impl Plain for Address {}
+
+/// The bytes of values, one after the other.
+pub fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: all bytes of the slice are initialised, as `Plain` demands, and any byte is a u8.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 /// Whether an error says that the kernel has no batches, for this map or at all.

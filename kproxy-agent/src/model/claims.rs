@@ -1,6 +1,6 @@
 //! Which Service has a frontend that several claim: the oldest, then the first by namespace and name.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ pub struct Claimant {
 #[derive(Debug)]
 pub struct Claims<K> {
     by_key: HashMap<K, Claimants>,
-    changed: HashSet<K>,
+    /// The keys whose claimants changed since the last settling, each once.
+    changed: Vec<K>,
 }
 
 /// Those who claim one key.
@@ -29,22 +30,23 @@ struct Claimants {
     all: Vec<Claimant>,
     /// Who had the key when claims were last settled.
     settled: Option<Arc<ServiceKey>>,
+    is_changed: bool,
 }
 
 impl<K> Default for Claims<K> {
     fn default() -> Self {
-        Self { by_key: HashMap::new(), changed: HashSet::new() }
+        Self { by_key: HashMap::new(), changed: Vec::new() }
     }
 }
 
 impl<K: Copy + Eq + Hash> Claims<K> {
     /// `claimant` claims `key`. Once for each key.
     pub fn add(&mut self, key: K, claimant: Claimant) {
-        let all = &mut self.by_key.entry(key).or_default().all;
-        if let Err(at) = all.binary_search(&claimant) {
-            all.insert(at, claimant);
+        let claimants = self.by_key.entry(key).or_default();
+        if let Err(at) = claimants.all.binary_search(&claimant) {
+            claimants.all.insert(at, claimant);
+            claimants.note(key, &mut self.changed);
         }
-        self.changed.insert(key);
     }
 
     /// `claimant` no longer claims `key`.
@@ -53,7 +55,7 @@ impl<K: Copy + Eq + Hash> Claims<K> {
             && let Ok(at) = claimants.all.binary_search(claimant)
         {
             claimants.all.remove(at);
-            self.changed.insert(key);
+            claimants.note(key, &mut self.changed);
         }
     }
 
@@ -71,19 +73,34 @@ impl<K: Copy + Eq + Hash> Claims<K> {
             .map(|claimant| &claimant.service)
     }
 
-    /// Adds to `affected` every Service that claims a key whose winner changed since the last call. Late, so
-    /// that many claims to one key cost one look at its claimants and not one for each.
-    pub fn settle(&mut self, affected: &mut BTreeSet<Arc<ServiceKey>>) {
-        for key in self.changed.drain() {
+    /// Every Service that gained or lost a key since the last call, or lost it to another than before; some of
+    /// them several times. Not those that claim a key alone that nobody had: their own change says so. Late,
+    /// so that many claims to one key cost one look at its claimants and not one for each.
+    pub fn settle(&mut self) -> Vec<Arc<ServiceKey>> {
+        let mut affected = Vec::new();
+        for key in std::mem::take(&mut self.changed) {
             let Some(claimants) = self.by_key.get_mut(&key) else { continue };
+            claimants.is_changed = false;
             let winner = claimants.all.first().map(|claimant| &claimant.service);
-            if winner != claimants.settled.as_ref() {
-                claimants.settled = winner.cloned();
+            if winner == claimants.settled.as_ref() {
+                continue;
+            }
+            if claimants.settled.is_some() || claimants.all.len() > 1 {
                 affected.extend(claimants.all.iter().map(|claimant| Arc::clone(&claimant.service)));
             }
+            claimants.settled = winner.cloned();
             if claimants.all.is_empty() {
                 self.by_key.remove(&key);
             }
+        }
+        affected
+    }
+}
+
+impl Claimants {
+    fn note<K>(&mut self, key: K, changed: &mut Vec<K>) {
+        if !std::mem::replace(&mut self.is_changed, true) {
+            changed.push(key);
         }
     }
 }
@@ -98,9 +115,9 @@ mod tests {
     }
 
     fn settle(claims: &mut Claims<u32>) -> Vec<String> {
-        let mut affected = BTreeSet::new();
-        claims.settle(&mut affected);
-        affected.iter().map(|key| key.name.clone()).collect()
+        let mut affected: Vec<_> = claims.settle().iter().map(|key| key.name.clone()).collect();
+        affected.sort();
+        affected
     }
 
     #[test]

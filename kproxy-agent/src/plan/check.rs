@@ -1,7 +1,5 @@
 //! What can be stored at all.
 
-use std::collections::HashSet;
-
 use kproxy_common::NAME_LENGTH;
 
 use super::PlanError;
@@ -9,30 +7,37 @@ use crate::wanted::{ServiceKey, WantedPort, WantedService};
 
 /// Whether the tables can hold this Service, room apart.
 pub(super) fn service(wanted: &WantedService) -> Result<(), PlanError> {
-    let mut ports = HashSet::new();
-    let mut frontends = HashSet::new();
+    let mut ports = Vec::with_capacity(wanted.ports.len());
+    let mut frontends = Vec::with_capacity(wanted.ports.len());
     for port in &wanted.ports {
-        let parts = [&wanted.key.namespace, &wanted.key.name, &port.name];
-        let name = full_name(&wanted.key, &port.name);
-        let unreadable = parts.iter().any(|part| part.contains(['/', ':', '\0']));
-        if unreadable
-            || wanted.key.namespace.is_empty()
-            || wanted.key.name.is_empty()
-            || name.len() >= NAME_LENGTH
-        {
-            return Err(PlanError::Name { name });
-        }
+        check_name(&wanted.key, &port.name)?;
         let Some(first) = port.frontends.first() else { continue };
-        if !ports.insert((&port.name, port.protocol, first.key.address().is_v4())) {
-            return Err(PlanError::SamePort { port: port.name.clone() });
-        }
         if port.backends.len() > usize::from(u16::MAX) {
             return Err(PlanError::TooManyBackends { port: port.name.clone(), count: port.backends.len() });
         }
         consistent(port).map_err(|what| PlanError::Inconsistent { port: port.name.clone(), what })?;
-        if !port.frontends.iter().all(|frontend| frontends.insert(frontend.key)) {
-            return Err(PlanError::Inconsistent { port: port.name.clone(), what: "a frontend occurs twice" });
-        }
+        ports.push((&port.name, port.protocol, first.key.address().is_v4()));
+        frontends.extend(port.frontends.iter().map(|frontend| (frontend.key, &port.name)));
+    }
+    ports.sort_unstable();
+    if let Some(pair) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(PlanError::SamePort { port: pair[0].0.clone() });
+    }
+    frontends.sort_unstable();
+    if let Some(pair) = frontends.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        let what = "a frontend occurs twice";
+        return Err(PlanError::Inconsistent { port: pair[1].1.clone(), what });
+    }
+    Ok(())
+}
+
+/// A name must come back from the map as it went in.
+fn check_name(key: &ServiceKey, port: &str) -> Result<(), PlanError> {
+    let parts = [&key.namespace, &key.name, port];
+    let unreadable = parts.iter().any(|part| part.contains(['/', ':', '\0']));
+    let length = key.namespace.len() + 1 + key.name.len() + if port.is_empty() { 0 } else { 1 + port.len() };
+    if unreadable || key.namespace.is_empty() || key.name.is_empty() || length >= NAME_LENGTH {
+        return Err(PlanError::Name { name: full_name(key, port) });
     }
     Ok(())
 }

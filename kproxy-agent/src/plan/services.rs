@@ -83,6 +83,9 @@ impl Planner<'_> {
     /// A Service that does not fit is tried again after a grace period if this plan, or an earlier one, takes
     /// something out of use; else it is refused.
     pub(super) fn settle_shortages(&mut self) {
+        if !self.services.iter().any(|candidate| matches!(candidate.fate, Fate::Short(_))) {
+            return;
+        }
         let mut frees = self.tables.needs_grace() || !self.writes.words.is_empty();
         frees |= (0..self.services.len()).any(|index| !self.unwanted_numbers(index).is_empty());
         for candidate in &mut self.services {

@@ -2,7 +2,7 @@
 //! reporting what was written.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -61,7 +61,8 @@ pub struct Tables {
     pub(super) source_range_count: usize,
 
     pub(super) ports: BTreeMap<u32, PortRecord>,
-    pub(super) services: BTreeMap<Arc<ServiceKey>, Owned>,
+    // Looked up by name several times for every change: hashing beats comparing names.
+    pub(super) services: HashMap<Arc<ServiceKey>, Owned>,
     /// The node's addresses that should answer NodePorts, once known.
     pub(super) node_wanted: Option<BTreeSet<Address>>,
     /// Those that stand in the map for the node's sake.
@@ -152,7 +153,7 @@ impl Tables {
             source_range: BTreeMap::new(),
             source_range_count: 0,
             ports: BTreeMap::new(),
-            services: BTreeMap::new(),
+            services: HashMap::new(),
             node_wanted: None,
             node_present: BTreeSet::new(),
             leftovers: Leftovers::default(),
@@ -213,7 +214,7 @@ impl Tables {
         self.source_range.get(&number).into_iter().flatten()
     }
 
-    /// The Services that have something in the tables.
+    /// The Services that have something in the tables, in no order.
     pub fn services(&self) -> impl Iterator<Item = &ServiceKey> {
         self.services.keys().map(AsRef::as_ref)
     }
@@ -389,24 +390,17 @@ impl Tables {
         kind: AddressKind,
         owner: Option<Arc<ServiceKey>>,
     ) {
-        self.address.insert(address, AddressRecord { kind: Some(kind), owner: None });
-        self.owns_address(address, owner);
+        self.address.insert(address, AddressRecord { kind: Some(kind), owner: owner.clone() });
+        self.index_address(address, owner);
     }
 
     /// The address stands already; this is whose it is now. `None`: the node's.
     pub(crate) fn owns_address(&mut self, address: Address, owner: Option<Arc<ServiceKey>>) {
         self.release_address(&address);
-        match &owner {
-            Some(service) => {
-                self.services.entry(service.clone()).or_default().addresses.insert(address);
-            }
-            None => {
-                self.node_present.insert(address);
-            }
-        }
         if let Some(record) = self.address.get_mut(&address) {
-            record.owner = owner;
+            record.owner.clone_from(&owner);
         }
+        self.index_address(address, owner);
     }
 
     pub(crate) fn deleted_address(&mut self, address: &Address) {
@@ -473,6 +467,17 @@ impl Tables {
             owned.ports.retain(|other| *other != id);
         }
         self.drop_if_empty(&service);
+    }
+
+    fn index_address(&mut self, address: Address, owner: Option<Arc<ServiceKey>>) {
+        match owner {
+            Some(service) => {
+                self.services.entry(service).or_default().addresses.insert(address);
+            }
+            None => {
+                self.node_present.insert(address);
+            }
+        }
     }
 
     fn release_address(&mut self, address: &Address) {

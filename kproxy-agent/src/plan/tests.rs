@@ -1,5 +1,8 @@
 //! Single rules of plans, each by an example.
 
+mod limits;
+mod restart;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -304,97 +307,6 @@ fn blocks_that_change_hands_crosswise_stay_in_use() {
 }
 
 #[test]
-fn nothing_is_lost_while_the_taker_fails() {
-    let mut agent = Agent::new(CAPACITY);
-    agent.change([("a", service("a", &[1], &[1])), ("b", service("b", &[2], &[2]))]);
-    agent.memory.fail = Fail::Map("backend");
-    let report = agent.try_change([("a", None), ("b", service("b", &[3], &[1, 2]))]);
-    assert_eq!(report.failed.len(), 2, "{:?}", report.failed);
-    assert!(agent.error("a").contains("default/b"), "{}", agent.error("a"));
-    assert_eq!(agent.joined(frontend(1)).into_keys().collect::<Vec<_>>(), [pod(1)]);
-
-    agent.memory.fail = Fail::Never;
-    agent.now += Duration::from_secs(1);
-    agent.reconciler.run(&mut agent.memory, agent.now);
-    assert_eq!(agent.joined(frontend(1)).into_keys().collect::<Vec<_>>(), [pod(3)]);
-    assert!(agent.reconciler.status().service(&name_of("a")).is_none());
-}
-
-#[test]
-fn a_failed_service_is_retried_and_the_rest_is_served() {
-    let mut agent = Agent::new(CAPACITY);
-    // The second frontend cannot be inserted; in the order of writes that is the 8th.
-    agent.memory.fail = Fail::Nth(9);
-    let report = agent.try_change([("a", service("a", &[1], &[1])), ("b", service("b", &[2], &[2]))]);
-    assert_eq!(report.failed.len(), 1, "{:?}", report.failed);
-    assert_eq!(agent.memory.frontends().keys().copied().collect::<Vec<_>>(), [frontend(1)]);
-    assert_eq!(agent.reconciler.status().next_try(), Some(agent.now + Duration::from_secs(1)));
-
-    agent.now += Duration::from_secs(1);
-    let report = agent.reconciler.run(&mut agent.memory, agent.now);
-    assert!(report.failed.is_empty());
-    agent.settle();
-    assert_eq!(agent.memory.frontends().len(), 2);
-    assert_eq!(agent.tables().free_numbers(), 6, "the number of the failed try is free again");
-}
-
-#[test]
-fn what_does_not_fit_is_named_and_fits_when_something_goes() {
-    let mut agent = Agent::new(Capacity { frontends: 2, backends: 5, ..CAPACITY });
-    agent.change([("a", service("a", &[1, 2], &[1, 2]))]);
-    let report = agent.try_change([("b", service("b", &[1], &[3])), ("c", service("c", &[1, 2, 3, 4], &[]))]);
-    assert_eq!(report.failed.len(), 1, "a Service without frontends needs no room: {:?}", report.failed);
-    let error = agent.error("b");
-    assert!(error.contains("--max-frontends") && error.contains("0 of 2"), "{error}");
-
-    agent.try_change([("a", service("a", &[1, 2, 3, 4], &[1]))]);
-    let error = agent.error("a");
-    assert!(error.contains("--max-backends") && error.contains("3 are free"), "{error}");
-    assert_eq!(agent.joined(frontend(1)).len(), 2, "it stays as it was");
-
-    let report = agent.try_change([("a", service("a", &[1, 2], &[1]))]);
-    assert!(report.failed.is_empty());
-    agent.settle();
-    let report = agent.reconciler.run(&mut agent.memory, agent.now);
-    assert!(report.failed.is_empty(), "{:?}", report.failed);
-    assert!(agent.memory.frontends().contains_key(&frontend(3)), "tried again when a number became free");
-}
-
-#[test]
-fn space_that_waits_for_a_grace_period_is_used_within_the_run() {
-    let mut agent = Agent::new(Capacity { frontends: 1, backends: 2, ..CAPACITY });
-    agent.change([("a", service("a", &[1, 2], &[1]))]);
-    let report = agent.try_change([("a", None), ("b", service("b", &[3, 4], &[2]))]);
-    assert!(report.failed.is_empty(), "{:?}", report.failed);
-    assert_eq!(report.counts.graces, 1);
-    assert_eq!(agent.joined(frontend(2)).into_keys().collect::<Vec<_>>(), [pod(3), pod(4)]);
-}
-
-#[test]
-fn what_cannot_be_stored_is_refused_by_name() {
-    let mut agent = Agent::new(CAPACITY);
-    let renamed = |name: &str| with(service("a", &[1], &[1]), |port| port.name = name.to_owned());
-    for (wanted, what) in [
-        (renamed(&"x".repeat(190)), "at most 191 bytes"),
-        (renamed("a:b"), "cannot be stored"),
-        (with(service("a", &[1], &[1]), |port| port.in_sets = 2), "inconsistent"),
-        (with(service("a", &[1], &[1]), |port| port.frontends[0].inside.offset = 1), "outside"),
-    ] {
-        let report = agent.try_change([("a", wanted)]);
-        assert_eq!((report.failed.len(), report.counts.writes()), (1, 0));
-        assert!(agent.error("a").contains(what), "{}", agent.error("a"));
-    }
-    let many: Vec<WantedBackend> = service("a", &[1], &[1]).unwrap().ports[0].backends.repeat(65_536);
-    agent.try_change([("a", with(service("a", &[1], &[1]), |port| port.backends.clone_from(&many)))]);
-    assert!(agent.error("a").contains("65536 endpoints"), "{}", agent.error("a"));
-    assert_eq!(agent.reconciler.status().next_try(), None, "only a change can help");
-
-    let twice = [("b", service("b", &[1], &[1])), ("c", service("c", &[1], &[1]))];
-    agent.try_change(twice);
-    assert!(agent.error("c").contains("10.96.0.1:80/TCP") && agent.error("c").contains("default/b"));
-}
-
-#[test]
 fn source_ranges_are_there_as_long_as_anyone_asks() {
     let mut agent = Agent::new(CAPACITY);
     let plain = || service("a", &[1], &[1]);
@@ -452,92 +364,6 @@ fn an_address_becomes_something_else_across_a_grace_period() {
     agent.reconciler.want_node_addresses(BTreeSet::new(), agent.now);
     agent.change([]);
     assert!(agent.memory.addresses().is_empty());
-}
-
-#[test]
-fn a_restart_with_the_same_wish_writes_nothing_and_a_shorter_list_removes() {
-    let mut agent = Agent::new(CAPACITY);
-    let wanted = || {
-        let a = with_ranges(with_affinity(service("a", &[1, 2], &[1, 2])), &[8]);
-        [("a", with_address(a, 1, AddressKind::ClusterIp)), ("b", service("b", &[], &[3]))]
-    };
-    agent.change(wanted());
-    let (mut second, problems) = Agent::over(&agent.memory.snapshot());
-    assert_eq!(problems, Vec::<String>::new());
-    let all = |wanted: &[(&str, Option<WantedService>)]| -> BTreeMap<_, _> {
-        wanted.iter().map(|(name, wanted)| (name_of(name), wanted.clone().unwrap())).collect()
-    };
-    second.reconciler.want_all(all(&wanted()), second.now);
-    let report = second.reconciler.run(&mut second.memory, second.now);
-    assert_eq!((report.counts.writes(), report.calls), (0, 0));
-
-    second.reconciler.want_all(all(&wanted()[1..]), second.now);
-    second.reconciler.run(&mut second.memory, second.now);
-    second.settle();
-    assert_eq!(second.memory.frontends().keys().copied().collect::<Vec<_>>(), [frontend(3)]);
-    assert_eq!((second.memory.addresses().len(), second.memory.source_ranges().len()), (0, 0));
-}
-
-#[test]
-fn identities_and_joins_go_on_after_a_restart() {
-    let mut agent = Agent::new(CAPACITY);
-    agent.change([("a", service("a", &[1, 2], &[1]))]);
-    agent.change([("b", service("b", &[3], &[2]))]);
-    let (mut second, _) = Agent::over(&agent.memory.snapshot());
-    second.change([("c", service("c", &[4], &[3]))]);
-    assert!(second.identity(frontend(3)).service() > agent.identity(frontend(2)).service());
-    assert!(second.joined(frontend(3))[&pod(4)] > agent.joined(frontend(2))[&pod(3)]);
-}
-
-#[test]
-fn what_does_not_fit_together_is_named_and_mended() {
-    let mut agent = Agent::new(CAPACITY);
-    let wanted = || with_address(service("a", &[1, 2], &[1, 2, 3]), 1, AddressKind::ClusterIp);
-    agent.change([("a", wanted())]);
-    agent.change([("b", service("b", &[3], &[4, 5]))]);
-    let sound = agent.memory.snapshot();
-    let breakages: [(&str, &dyn Fn(&mut Snapshot)); 9] = [
-        ("out of range", &|snapshot| snapshot.frontends[0].1 = 1_000),
-        ("another frontend's", &|snapshot| snapshot.frontends[0].1 = snapshot.frontends[1].1),
-        ("unused or unreadable", &|snapshot| snapshot.entries[0] = [0; 4]),
-        ("unused or unreadable", &|snapshot| snapshot.entries[0] = [u64::MAX; 4]),
-        ("does not say whose", &|snapshot| snapshot.infos[0] = None),
-        ("does not say whose", &|snapshot| {
-            let name = &mut snapshot.infos[0].as_mut().unwrap().name;
-            name[3] = 0;
-        }),
-        ("a kind that this version does not know", &|snapshot| snapshot.addresses[0].1 = None),
-        ("", &|snapshot| snapshot.entries[2] = snapshot.entries[3]),
-        ("", &|snapshot| snapshot.backends[0] = snapshot.backends[2]),
-    ];
-    for (what, breakage) in breakages {
-        let mut snapshot = sound.clone();
-        breakage(&mut snapshot);
-        let (mut second, problems) = Agent::over(&snapshot);
-        assert_eq!(problems.len(), usize::from(!what.is_empty()), "{what}: {problems:?}");
-        assert!(problems.iter().all(|problem| problem.contains(what)), "{what}: {problems:?}");
-        let all = BTreeMap::from([
-            (name_of("a"), wanted().unwrap()),
-            (name_of("b"), service("b", &[3], &[4, 5]).unwrap()),
-        ]);
-        second.reconciler.want_all(all.clone(), second.now);
-        let report = second.reconciler.run(&mut second.memory, second.now);
-        assert!(report.failed.is_empty() && report.counts.writes() > 0, "{what}: {report:?}");
-        second.settle();
-        for (last, pods) in [(1, &[1, 2][..]), (2, &[1, 2]), (3, &[1, 2]), (4, &[3]), (5, &[3])] {
-            let should: Vec<_> = pods.iter().copied().map(pod).collect();
-            assert_eq!(
-                second.joined(frontend(last)).into_keys().collect::<Vec<_>>(),
-                should,
-                "{what}, {last}"
-            );
-        }
-
-        let (mut third, problems) = Agent::over(&second.memory.snapshot());
-        assert_eq!(problems, Vec::<String>::new(), "{what}");
-        third.reconciler.want_all(all, third.now);
-        assert_eq!(third.reconciler.run(&mut third.memory, third.now).counts.writes(), 0, "{what}");
-    }
 }
 
 #[test]

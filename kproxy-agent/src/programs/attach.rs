@@ -20,7 +20,7 @@ use aya::programs::{
 
 use super::{
     load::Programs,
-    sys::{link_target, link_update, open_pin},
+    sys::{link_detach, link_target, link_update, open_pin},
 };
 
 /// One packet hook of an interface.
@@ -183,8 +183,10 @@ impl Attached {
     fn forget(&mut self, index: u32) {
         for hook in [Hook::Ingress, Hook::Egress] {
             let pin = self.pin(index, hook);
-            // The interface is mostly gone, and the link with it. Where it is only excluded now, removing the
-            // pin removes the last reference to the link, which detaches it.
+            // The interface is mostly gone, and the link with it; else it is excluded now.
+            if pin.exists() {
+                detach(&pin);
+            }
             if let Err(error) = fs::remove_file(&pin)
                 && error.kind() != io::ErrorKind::NotFound
             {
@@ -218,6 +220,16 @@ pub fn remove_clsact(device: &str) -> usize {
         }
     }
     removed
+}
+
+/// Detaches the link pinned at `pin`, if it is one that can be: what else is pinned is left as it is.
+pub fn detach(pin: &Path) {
+    if let Ok(link) = open_pin(pin)
+        && let Err(error) = link_detach(link.as_fd())
+    {
+        // A map, a link whose interface is gone, or a kernel before 5.9: removing the pin does it then.
+        tracing::debug!(pin = %pin.display(), %error, "nothing to detach");
+    }
 }
 
 /// Puts `program` into the link pinned at `pin`. `false`: there is none, or it leads elsewhere.

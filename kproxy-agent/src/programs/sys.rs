@@ -15,6 +15,7 @@ use std::{
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 /// From `asm-generic/socket.h`; Linux 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -69,6 +70,13 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
         old_prog_fd: 0,
     };
     bpf(BPF_LINK_UPDATE, &attr)?;
+    Ok(())
+}
+
+/// Takes the program off what the link is attached to, at once (Linux 5.9).
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let attr = LinkUpdate { link_fd: fd_number(link)?, new_prog_fd: 0, flags: 0, old_prog_fd: 0 };
+    bpf(BPF_LINK_DETACH, &attr)?;
     Ok(())
 }
 

@@ -29,6 +29,10 @@ use watch::{Selectors, Timing, Watch};
 
 pub use servers::{ConfigError, ConnectionSettings};
 
+/// For the filter of the log: kube's client logs every try that fails as an error, in words of its own. What is
+/// wrong is said once, as a problem, and what is tried is logged here at debug.
+pub const LOG_FILTER: &str = "kube_client::client::builder=off";
+
 /// How long the first list of what is not necessary is waited for: the own Node, and ServiceCIDRs.
 const OPTIONAL_WAIT: Duration = Duration::from_secs(30);
 

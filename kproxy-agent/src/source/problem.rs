@@ -52,7 +52,7 @@ problem_kinds! {
     Authentication = "authentication";
     /// The API server does not let us (403).
     Authorization = "authorization";
-    /// The API server does not have this API.
+    /// The API server does not have an API, or does not let us use one that is not necessary.
     ApiMissing = "api_missing";
     /// The API server answered with another error, or not as the API says.
     ApiError = "api_error";

@@ -80,8 +80,6 @@ impl Batches {
         let (key_size, value_size) = (map.attributes().key_size as usize, map.value_bytes());
         let count = keys.len() / key_size;
         let keys = |from: usize, to: usize| &keys[from * key_size..to * key_size];
-        let values =
-            |values: &'_ [u8], from: usize, to: usize| values[from * value_size..to * value_size].to_vec();
         let mut results = Vec::with_capacity(count);
         while results.len() < count {
             let (from, to) = (results.len(), count.min(results.len() + CHUNK));
@@ -90,7 +88,7 @@ impl Batches {
                 let length = (to - from) as u32;
                 let (done, result) = match command {
                     Command::Insert(all) | Command::Replace(all) => {
-                        map.update_batch(keys(from, to), &values(all, from, to), length)
+                        map.update_batch(keys(from, to), &all[from * value_size..to * value_size], length)
                     }
                     Command::Delete => map.delete_batch(keys(from, to), length),
                 };
@@ -109,7 +107,7 @@ impl Batches {
                 }
             }
             let at = results.len();
-            let result = self.single(map, keys(at, at + 1), |all| values(all, at, at + 1), command);
+            let result = self.single(map, keys(at, at + 1), at * value_size..(at + 1) * value_size, command);
             results.push(result.map_err(|error| WriteError { map: name, what: explain(&error) }));
         }
         results
@@ -119,15 +117,15 @@ impl Batches {
         &mut self,
         map: &Map,
         key: &[u8],
-        value: impl Fn(&[u8]) -> Vec<u8>,
+        value: std::ops::Range<usize>,
         command: Command<'_>,
     ) -> io::Result<()> {
         let mut tries = 0;
         loop {
             self.calls += 1;
             let result = match command {
-                Command::Insert(values) => map.update(key, &value(values), sys::BPF_NOEXIST),
-                Command::Replace(values) => map.update(key, &value(values), sys::BPF_ANY),
+                Command::Insert(values) => map.update(key, &values[value.clone()], sys::BPF_NOEXIST),
+                Command::Replace(values) => map.update(key, &values[value.clone()], sys::BPF_ANY),
                 Command::Delete => map.delete(key),
             };
             match result.as_ref().map_err(io::Error::raw_os_error) {

@@ -80,14 +80,7 @@ impl KernelMaps {
 
     /// Says that we write the maps from now on.
     pub fn write_owner(&mut self, owner: &Owner) -> Result<(), MapError> {
-        let mut bytes = [0; size_of::<Owner>()];
-        let Owner { layout_version, pid, started, node, version } = owner;
-        put(&mut bytes, offset_of!(Owner, layout_version), &layout_version.to_ne_bytes());
-        put(&mut bytes, offset_of!(Owner, pid), &pid.to_ne_bytes());
-        put(&mut bytes, offset_of!(Owner, started), &started.to_ne_bytes());
-        put(&mut bytes, offset_of!(Owner, node), node);
-        put(&mut bytes, offset_of!(Owner, version), version);
-        let result = self.owner.update(&0_u32.to_ne_bytes(), &bytes, sys::BPF_ANY);
+        let result = self.owner.update(&0_u32.to_ne_bytes(), sys::bytes_of(&[*owner]), sys::BPF_ANY);
         result.map_err(|source| MapError::Call { what: "write", map: map_names::OWNER, source })
     }
 
@@ -219,27 +212,6 @@ fn each<T, const N: usize>(
     Ok(values)
 }
 
-pub(super) fn info_to_bytes(info: &ServiceInfo) -> [u8; size_of::<ServiceInfo>()] {
-    let ServiceInfo {
-        name,
-        changed,
-        frontend,
-        frontend_kind,
-        service_kind,
-        traffic_policy,
-        pass_through_rule,
-    } = info;
-    let mut bytes = [0; size_of::<ServiceInfo>()];
-    put(&mut bytes, offset_of!(ServiceInfo, name), name);
-    put(&mut bytes, offset_of!(ServiceInfo, changed), &changed.to_ne_bytes());
-    put(&mut bytes, offset_of!(ServiceInfo, frontend), &frontend.to_bytes());
-    bytes[offset_of!(ServiceInfo, frontend_kind)] = *frontend_kind;
-    bytes[offset_of!(ServiceInfo, service_kind)] = *service_kind;
-    bytes[offset_of!(ServiceInfo, traffic_policy)] = *traffic_policy;
-    bytes[offset_of!(ServiceInfo, pass_through_rule)] = *pass_through_rule;
-    bytes
-}
-
 fn info_from_bytes(bytes: &[u8; size_of::<ServiceInfo>()]) -> Option<ServiceInfo> {
     let at = offset_of!(ServiceInfo, frontend);
     let frontend = bytes[at..at + size_of::<FrontendKey>()].try_into().ok()?;
@@ -256,14 +228,6 @@ fn info_from_bytes(bytes: &[u8; size_of::<ServiceInfo>()]) -> Option<ServiceInfo
     })
 }
 
-pub(super) fn range_to_bytes(key: &SourceRangeKey) -> [u8; size_of::<SourceRangeKey>()] {
-    let mut bytes = [0; size_of::<SourceRangeKey>()];
-    put(&mut bytes, offset_of!(SourceRangeKey, prefix_length), &key.prefix_length.to_ne_bytes());
-    put(&mut bytes, offset_of!(SourceRangeKey, number), &key.number.to_ne_bytes());
-    put(&mut bytes, offset_of!(SourceRangeKey, address), &key.address.octets());
-    bytes
-}
-
 fn range_from_bytes(bytes: &[u8]) -> Option<SourceRangeKey> {
     let at = offset_of!(SourceRangeKey, address);
     let octets: [u8; 16] = bytes.get(at..at + 16)?.try_into().ok()?;
@@ -272,10 +236,6 @@ fn range_from_bytes(bytes: &[u8]) -> Option<SourceRangeKey> {
         number: u32_at(bytes, offset_of!(SourceRangeKey, number))?,
         address: Address::new(octets),
     })
-}
-
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    bytes[at..at + value.len()].copy_from_slice(value);
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {

@@ -169,7 +169,9 @@ impl WatchError {
     fn chain(&self) -> String {
         let mut text = String::new();
         let mut last = String::new();
-        for error in self.causes() {
+        // These say nothing but that their cause happened.
+        let is_wrapper = matches!(self, WatchError::Client(kube::Error::Service(_) | kube::Error::HyperError(_)));
+        for error in self.causes().skip(if is_wrapper { 2 } else { 0 }) {
             let message = error.to_string();
             // Many errors repeat the text of their cause.
             if !last.contains(&message) {

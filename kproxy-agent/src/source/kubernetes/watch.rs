@@ -472,7 +472,7 @@ impl<K: Watched> Watch<K> {
         let problem = error.problem(K::RESOURCE, self.servers.url(attempt), self.servers.origin());
         if K::OPTIONAL && (error.is_not_found() || error.is_forbidden()) {
             let what = format!("{}; kproxy goes on without", problem.what);
-            self.say(Some(SourceProblem { what, ..problem })).await?;
+            self.say(Some(SourceProblem { kind: ProblemKind::ApiMissing, what, ..problem })).await?;
             self.say_listed().await?;
             return Ok(Some(self.timing.optional));
         }
@@ -490,7 +490,9 @@ impl<K: Watched> Watch<K> {
             problem.what = format!("{}; {}: {}", problem.what, other.place, other.what);
         }
         let rounds = self.failures.tries.div_ceil(u32::try_from(self.servers.len()).unwrap_or(u32::MAX));
-        if self.trouble.as_ref() == Some(&problem) && rounds.is_power_of_two() {
+        // All watches see that a server is away; one of them is enough to say so again.
+        let speaks = K::KIND == Kind::Service || problem.place == plural;
+        if speaks && self.trouble.as_ref() == Some(&problem) && rounds.is_power_of_two() {
             tracing::warn!(plural, tries = rounds, place = %problem.place, "still: {}", problem.what);
         }
         // An API server that restarts is away for a moment, which is no problem for what is known already.

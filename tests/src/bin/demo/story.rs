@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Result, bail};
-use kproxy_lab::{Context, Family, NginxAnswer, Socket, Worker};
+use anyhow::{Context as _, Result, bail};
+use kproxy_lab::{Context, Family, NginxAnswer, Node, Socket, Worker};
+use serde_json::Value;
 
 use crate::cluster::{Client, Cluster, HEALTHY, frontend};
 use crate::dump;
@@ -14,6 +15,9 @@ use crate::observe::{Expected, Observation, curl, observe};
 use crate::picture::picture;
 use crate::table::{self, Row};
 use crate::tell::{Style, Tell};
+
+/// The node whose maps are shown: the one without a backend, where two of the clients are.
+const LOOKED_AT: &str = "node-c";
 
 const INTRODUCTION: &str = "\
 A Service of type LoadBalancer is asked at its load balancer's address, from inside the cluster.
@@ -34,7 +38,8 @@ pub fn tell(ctx: &Context, keep: bool) -> Result<()> {
     )?);
     tell.line(format!("Everybody has an IPv6 address as well; the load balancer's is {vip6}."));
     let backends = cluster.backends()?;
-    Story { tell, cluster, backends, rows: Vec::new(), faults: Vec::new() }.go(keep)
+    let opened = BTreeMap::new();
+    Story { tell, cluster, backends, opened, rows: Vec::new(), faults: Vec::new() }.go(keep)
 }
 
 struct Story {
@@ -42,6 +47,9 @@ struct Story {
     cluster: Cluster,
     /// The pods with nginx, and their nodes.
     backends: BTreeMap<String, String>,
+    /// Connections that were opened from each member to the load-balancer address of each family:
+    /// short-circuited, and passed through.
+    opened: BTreeMap<(String, Family), [u64; 2]>,
     rows: Vec<Row>,
     faults: Vec<String>,
 }
@@ -184,6 +192,15 @@ impl Story {
     /// Says what was seen, and notes what is wrong with it.
     fn judge(&mut self, what: &str, seen: &Observation, expected: &Expected) -> Option<String> {
         let fault = seen.fault(expected);
+        let way = match expected {
+            Expected::Direct => Some(0),
+            Expected::ThroughElb { .. } => Some(1),
+            Expected::AsBefore(_) => None,
+        };
+        if let Some(way) = way {
+            let family = if seen.address.is_ipv4() { Family::V4 } else { Family::V6 };
+            self.opened.entry((seen.client.clone(), family)).or_default()[way] += 1;
+        }
         let text = match &seen.answer {
             Ok(answer) => format!("pod={} client={}", answer.pod, answer.client),
             Err(_) => String::from("no answer"),
@@ -193,6 +210,45 @@ impl Story {
         self.tell.mark(format!("{what:<42}  {text:<31}  {elb} {}", seen.count()), fault.as_deref());
         self.faults.extend(fault.iter().map(|fault| format!("{what}: {fault}")));
         fault
+    }
+
+    /// Whether kproxy counted what was done above, at each load-balancer address.
+    fn compare_counts(&mut self, node: &Node) -> Result<()> {
+        let text = node.kproxy(&["services", "nginx", "-o", "json"])?.success()?;
+        let services: Value = serde_json::from_str(&text).context("kproxy services printed strange JSON")?;
+        let frontends = services["items"][0]["frontends"].as_array();
+        let frontends = frontends.context("kproxy services lists no frontends of nginx")?;
+        let on_node: Vec<_> = self
+            .cluster
+            .lab
+            .pods()
+            .filter(|pod| pod.node_name() == node.name())
+            .map(|pod| pod.name())
+            .collect();
+        for family in Family::BOTH {
+            let vip = self.cluster.vip(family)?.to_string();
+            let frontend = frontends.iter().find(|frontend| frontend["address"] == vip.as_str());
+            let frontend = frontend.with_context(|| format!("kproxy services lists no frontend at {vip}"))?;
+            let count = |name: &str| {
+                frontend[name].as_u64().with_context(|| format!("kproxy services tells no {name} of {vip}"))
+            };
+            let counted = [count("connections")?, count("passThroughConnections")?];
+            let mut done = [0; 2];
+            for ((name, _), counts) in self.opened.iter().filter(|((_, of), _)| *of == family) {
+                if name == node.name() || on_node.contains(&name.as_str()) {
+                    done = [done[0] + counts[0], done[1] + counts[1]];
+                }
+            }
+            let what = format!(
+                "{vip}: from here, {} connections above were short-circuited, {} passed through",
+                done[0], done[1]
+            );
+            let fault =
+                (counted != done).then(|| format!("kproxy counted {} and {}", counted[0], counted[1]));
+            self.tell.mark(&what, fault.as_deref());
+            self.faults.extend(fault.map(|fault| format!("{what}: {fault}")));
+        }
+        Ok(())
     }
 
     /// The client whose node has no backend.
@@ -211,12 +267,13 @@ impl Story {
         self.tell.step("What each request met");
         table::print(&self.tell, &self.rows);
 
-        let node = self.cluster.lab.node("node-c")?;
+        let node = self.cluster.lab.node(LOOKED_AT)?.clone();
         self.tell.step(format!("kproxy services, on {}", node.name()));
         self.tell.block(&node.kproxy(&["services"])?.success()?);
+        self.compare_counts(&node)?;
 
         self.tell.step("The same in its maps, as bpftool reads them");
-        dump::print(&self.tell, node, self.cluster.vip(Family::V4)?, PORT)?;
+        dump::print(&self.tell, &node, self.cluster.vip(Family::V4)?, PORT)?;
 
         self.tell.blank();
         if self.faults.is_empty() {
