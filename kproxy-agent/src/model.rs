@@ -44,13 +44,13 @@ pub struct Model {
     node_addresses: Vec<Address>,
     local_addresses: BTreeSet<Address>,
     service_cidrs: BTreeMap<String, Vec<Cidr>>,
-    services: BTreeMap<Arc<ServiceKey>, Entry>,
+    services: HashMap<Arc<ServiceKey>, Entry>,
     /// By the slice's key, the Service that it belongs to.
     slice_owners: HashMap<ServiceKey, Arc<ServiceKey>>,
     frontends: Claims<FrontendKey>,
     addresses: Claims<Address>,
-    /// Services that an object change may have changed.
-    affected: BTreeSet<Arc<ServiceKey>>,
+    /// Services that a change may have changed, each once.
+    affected: Vec<Arc<ServiceKey>>,
     /// What the last [`recompute`](Self::recompute) said of the node.
     wanted_node: Option<WantedNode>,
     problems: Problems,
@@ -79,6 +79,7 @@ struct Entry {
     addresses: Box<[Address]>,
     /// What the last update said.
     wanted: Option<WantedService>,
+    is_affected: bool,
 }
 
 impl Model {
@@ -106,9 +107,10 @@ impl Model {
             }
             Change::LocalAddresses(addresses) => {
                 // Whose ClusterIP stands on an interface now, or no longer.
-                for address in self.local_addresses.symmetric_difference(&addresses) {
-                    self.affected.extend(self.addresses.claimants(address).cloned());
-                }
+                let came_or_went = self.local_addresses.symmetric_difference(&addresses);
+                let keys: Vec<_> =
+                    came_or_went.flat_map(|address| self.addresses.claimants(address)).cloned().collect();
+                self.affect(keys);
                 self.local_addresses = addresses;
             }
         }
@@ -116,14 +118,13 @@ impl Model {
 
     /// What follows from everything that was applied since the last call.
     pub fn recompute(&mut self) -> Update {
-        self.frontends.settle(&mut self.affected);
-        self.addresses.settle(&mut self.affected);
-        let mut update = Update::default();
-        for key in std::mem::take(&mut self.affected) {
-            if let Some(wanted) = self.recompute_service(&key) {
-                update.services.insert((*key).clone(), wanted);
-            }
-        }
+        let moved = self.frontends.settle();
+        self.affect(moved);
+        let moved = self.addresses.settle();
+        self.affect(moved);
+        let affected = std::mem::take(&mut self.affected).into_iter();
+        let changed = affected.filter_map(|key| Some(((*key).clone(), self.recompute_service(&key)?)));
+        let mut update = Update { services: changed.collect(), ..Update::default() };
         let node = self.recompute_node();
         if self.wanted_node.as_ref() != Some(&node) {
             self.wanted_node = Some(node.clone());
@@ -143,9 +144,17 @@ impl Model {
         self.problems.reported.values().flatten()
     }
 
-    /// Every Service that wants something, as of the last update.
+    /// Every Service that wants something, as of the last update; in no order.
     pub fn services(&self) -> impl Iterator<Item = &WantedService> {
         self.services.values().filter_map(|entry| entry.wanted.as_ref())
+    }
+
+    fn affect(&mut self, keys: impl IntoIterator<Item = Arc<ServiceKey>>) {
+        for key in keys {
+            if let Some(entry) = self.services.get_mut(&key) {
+                entry.affect(key, &mut self.affected);
+            }
+        }
     }
 
     fn apply_service(&mut self, key: ServiceKey, service: Option<&core::Service>) {
@@ -172,8 +181,8 @@ impl Model {
         };
         move_claims(&mut self.frontends, &entry.frontends, &frontends, before.as_ref(), after.as_ref());
         move_claims(&mut self.addresses, &entry.addresses, &addresses, before.as_ref(), after.as_ref());
-        *entry = Entry { service, frontends, addresses, ..std::mem::take(entry) };
-        self.affected.insert(key);
+        (entry.service, entry.frontends, entry.addresses) = (service, frontends, addresses);
+        entry.affect(key, &mut self.affected);
     }
 
     fn apply_slice(&mut self, key: ServiceKey, slice: Option<&discovery::EndpointSlice>) {
@@ -187,11 +196,10 @@ impl Model {
         let name = key.name.as_str();
         if let Some(before) = self.slice_owners.get(&key)
             && owner.as_ref() != Some(before)
+            && let Some(entry) = self.services.get_mut(before)
         {
-            if let Some(entry) = self.services.get_mut(before) {
-                entry.slices.remove(name);
-            }
-            self.affected.insert(Arc::clone(before));
+            entry.slices.remove(name);
+            entry.affect(Arc::clone(before), &mut self.affected);
         }
         let (Some(slice), Some(owner)) = (slice, owner) else {
             self.slice_owners.remove(&key);
@@ -202,7 +210,7 @@ impl Model {
             return;
         }
         entry.slices.insert(name.into(), slice);
-        self.affected.insert(Arc::clone(&owner));
+        entry.affect(Arc::clone(&owner), &mut self.affected);
         self.slice_owners.insert(key, owner);
     }
 
@@ -220,12 +228,15 @@ impl Model {
         }
         self.node_addresses = node::own_addresses(&self.config, &node);
         self.node = node;
-        self.affected.extend(self.services.keys().cloned());
+        for (key, entry) in &mut self.services {
+            entry.affect(Arc::clone(key), &mut self.affected);
+        }
     }
 
     /// What the Service wants, if that changed.
     fn recompute_service(&mut self, key: &Arc<ServiceKey>) -> Option<Option<WantedService>> {
         let entry = self.services.get_mut(key)?;
+        entry.is_affected = false;
         let context = Context {
             config: &self.config,
             place: Place { node: &self.config.node_name, zone: self.node.zone.as_deref() },
@@ -262,12 +273,24 @@ impl Model {
     }
 }
 
+impl Entry {
+    /// Puts `key`, which is this entry's, among the affected ones.
+    fn affect(&mut self, key: Arc<ServiceKey>, affected: &mut Vec<Arc<ServiceKey>>) {
+        if !std::mem::replace(&mut self.is_affected, true) {
+            affected.push(key);
+        }
+    }
+}
+
 /// The keys that a Service claims, each sorted and once.
 fn claimed(service: &Service, config: &NodeConfig) -> (Box<[FrontendKey]>, Box<[Address]>) {
     let frontends = frontends::frontends(service, config).claimed;
-    let frontends: BTreeSet<_> = frontends.iter().map(|frontend| frontend.key).collect();
-    let addresses: BTreeSet<_> = service.cluster_ips.iter().copied().collect();
-    (frontends.into_iter().collect(), addresses.into_iter().collect())
+    let mut frontends: Box<[_]> = frontends.iter().map(|frontend| frontend.key).collect();
+    frontends.sort_unstable();
+    // Both are without repetition already: parsing and `frontends` see to that.
+    let mut addresses = service.cluster_ips.clone();
+    addresses.sort_unstable();
+    (frontends, addresses)
 }
 
 /// Enters what is claimed after a change in place of what was before; both sorted.

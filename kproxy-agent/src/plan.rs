@@ -232,6 +232,8 @@ struct Planner<'a> {
     claims: HashMap<FrontendKey, usize>,
     address_claims: HashMap<Address, usize>,
     writes: Writes,
+    /// How long these were before the Service that is being planned.
+    before: Lengths,
     deferred: BTreeSet<usize>,
     handovers: Vec<Handover>,
     released_addresses: BTreeSet<Address>,
@@ -259,6 +261,7 @@ impl<'a> Planner<'a> {
             claims: HashMap::new(),
             address_claims: HashMap::new(),
             writes: Writes::default(),
+            before: Lengths::default(),
             deferred: BTreeSet::new(),
             handovers: Vec::new(),
             released_addresses: BTreeSet::new(),
@@ -315,6 +318,23 @@ enum Fate {
     Refused(PlanError),
 }
 
+/// How long each list of [`Writes`] is.
+#[derive(Clone, Copy, Default)]
+struct Lengths {
+    backends: usize,
+    infos: usize,
+    counters: usize,
+    source_ranges: usize,
+    entries: usize,
+    words: usize,
+    frontends: usize,
+    addresses: usize,
+    adopted_addresses: usize,
+    retired_ranges: usize,
+    deleted_frontends: usize,
+    deleted_addresses: usize,
+}
+
 /// The writes of a plan by their step.
 #[derive(Default)]
 struct Writes {
@@ -333,8 +353,26 @@ struct Writes {
 }
 
 impl Writes {
-    fn append(&mut self, other: Self) {
-        let Self {
+    fn lengths(&self) -> Lengths {
+        Lengths {
+            backends: self.backends.len(),
+            infos: self.infos.len(),
+            counters: self.counters.len(),
+            source_ranges: self.source_ranges.len(),
+            entries: self.entries.len(),
+            words: self.words.len(),
+            frontends: self.frontends.len(),
+            addresses: self.addresses.len(),
+            adopted_addresses: self.adopted_addresses.len(),
+            retired_ranges: self.retired_ranges.len(),
+            deleted_frontends: self.deleted_frontends.len(),
+            deleted_addresses: self.deleted_addresses.len(),
+        }
+    }
+
+    /// Forgets what was added since the lists had these lengths.
+    fn truncate(&mut self, lengths: &Lengths) {
+        let Lengths {
             backends,
             infos,
             counters,
@@ -347,19 +385,19 @@ impl Writes {
             retired_ranges,
             deleted_frontends,
             deleted_addresses,
-        } = other;
-        self.backends.extend(backends);
-        self.infos.extend(infos);
-        self.counters.extend(counters);
-        self.source_ranges.extend(source_ranges);
-        self.entries.extend(entries);
-        self.words.extend(words);
-        self.frontends.extend(frontends);
-        self.addresses.extend(addresses);
-        self.adopted_addresses.extend(adopted_addresses);
-        self.retired_ranges.extend(retired_ranges);
-        self.deleted_frontends.extend(deleted_frontends);
-        self.deleted_addresses.extend(deleted_addresses);
+        } = *lengths;
+        self.backends.truncate(backends);
+        self.infos.truncate(infos);
+        self.counters.truncate(counters);
+        self.source_ranges.truncate(source_ranges);
+        self.entries.truncate(entries);
+        self.words.truncate(words);
+        self.frontends.truncate(frontends);
+        self.addresses.truncate(addresses);
+        self.adopted_addresses.truncate(adopted_addresses);
+        self.retired_ranges.truncate(retired_ranges);
+        self.deleted_frontends.truncate(deleted_frontends);
+        self.deleted_addresses.truncate(deleted_addresses);
     }
 
     /// In the order that the module's description demands.

@@ -130,7 +130,9 @@ impl Follower {
             self.problems.push(problem);
         }
         self.problems.sort();
-        ensure!(self.model.services().eq(self.services.values()), "updates and model differ");
+        let mut services: Vec<_> = self.model.services().collect();
+        services.sort_by_key(|service| &service.key);
+        ensure!(services.into_iter().eq(self.services.values()), "updates and model differ");
         ensure!(self.model.recompute() == Update::default(), "without a change there is an update");
         Ok(())
     }

@@ -181,6 +181,15 @@ fn check(ctx: &Context) -> Result<()> {
     let command = node.command(kproxy_binary()?)?;
     let wrong = command.args(["check", "--cgroup-root", &cgroup, "--bpf-root", &elsewhere]).run()?;
     ensure!(wrong.code() == Some(1) && wrong.stdout.contains(&elsewhere), "{wrong}\n{}", wrong.stdout);
+    // Without capabilities: what is needed, in a sentence.
+    let bare = node.command("setpriv")?.args(["--bounding-set=-all", "--inh-caps=-all"]);
+    let refused = bare.arg(kproxy_binary()?).args(["check", "--cgroup-root", &cgroup]).run()?;
+    ensure!(refused.code() == Some(1), "{refused}");
+    ensure!(
+        refused.stdout.contains("CAP_NET_ADMIN") && refused.stdout.contains("root"),
+        "{}",
+        refused.stdout
+    );
     // Nothing was attached for it, nothing pinned.
     let (attached, pinned) = left(node)?;
     ensure!(attached.is_empty() && pinned.is_empty(), "{attached} {pinned:?}");

@@ -12,9 +12,13 @@ use nix::sys::signal::Signal;
 use crate::Scenario;
 use crate::cluster::{Client, DEADLINE, SILENCE, Steps, TARGET, Transport, ask, eventually, service_view};
 use crate::control::manifests;
-use crate::objects::Service;
+use crate::dumps;
+use crate::objects::{Service, cluster_ip};
 
-pub const SCENARIOS: &[Scenario] = &[("kubernetes::kubectl_changes_what_a_connection_does", connections)];
+pub const SCENARIOS: &[Scenario] = &[
+    ("kubernetes::kubectl_changes_what_a_connection_does", connections),
+    ("kubernetes::nothing_is_written_before_all_lists", all_lists),
+];
 
 const NODE_PORT: u16 = 30_080;
 const ELB: &str = "kubernetes.io/elb.pass-through";
@@ -172,6 +176,49 @@ fn connections(ctx: &Context) -> Result<()> {
         Ok(())
     });
     steps.done()
+}
+
+/// An agent that may not list every kind says so, and waits; what an earlier one wrote stands.
+fn all_lists(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"])).control())?;
+    let control = ControlPlane::start(&lab, &ControlPlane::assets()?)?;
+    let node = lab.node("node-a")?;
+    let _server = lab.pod("a2")?.echo(TARGET)?;
+    control.apply(&node_object(node))?;
+    control.apply(&Service::new("web", 10).tcp(80, TARGET).pods(&[lab.pod("a2")?]).yaml())?;
+    control.kubectl(&["create", "serviceaccount", "halved"])?.success()?;
+    let allow = |role: &str, resources: &str| -> Result<()> {
+        let verbs = ["--verb=get,list,watch", &format!("--resource={resources}")];
+        control.kubectl(&[&["create", "clusterrole", role][..], &verbs].concat())?.success()?;
+        let binding = [&format!("--clusterrole={role}"), "--serviceaccount=default:halved"];
+        control.kubectl(&[&["create", "clusterrolebinding", role][..], &binding].concat())?.success()?;
+        Ok(())
+    };
+    allow("services", "services,nodes,servicecidrs.networking.k8s.io")?;
+    let access = control.kubeconfig_for_service_account("default", "halved")?;
+    let mut agent = node.agent().kubeconfig(&access).start()?;
+    agent.wait_log("it saying what it may not list", DEADLINE, |line| {
+        is_complaint(line) && line.mentions("endpointslices")
+    })?;
+    let client = Client::at(lab.pod("a1")?)?;
+    let to = SocketAddr::new(cluster_ip(10, Family::V4), 80);
+    client.gets_silence(Transport::Tcp, to)?;
+    let frontends = dumps::dump(node, "frontend")?;
+    ensure!(!frontends.contains("\"key\""), "it wrote before it knew all: {frontends}");
+    ensure!(!agent.log().iter().any(|line| line.message == "synced"), "it says that it is synced");
+
+    // Allowed while it runs.
+    allow("slices", "endpointslices.discovery.k8s.io")?;
+    agent.wait_log("the agent being synced", DEADLINE * 3, |line| line.message == "synced")?;
+    client.reaches(Transport::Tcp, to, &["a2"])?;
+
+    // Taken away again: the next agent has nothing to say, and takes nothing away.
+    control.kubectl(&["delete", "clusterrolebinding", "slices"])?.success()?;
+    agent.restart()?;
+    agent.wait_log("it saying what it may not list", DEADLINE, |line| {
+        is_complaint(line) && line.mentions("endpointslices")
+    })?;
+    client.reaches(Transport::Tcp, to, &["a2"])
 }
 
 /// Waits until a new connection takes the way: HAProxy counts it, or not.

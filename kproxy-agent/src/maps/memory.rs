@@ -118,9 +118,14 @@ impl Memory {
         memory
     }
 
-    /// What the maps hold. Whoever starts reads this after a grace period.
+    /// What the maps hold, for whoever starts: after a grace period.
     pub fn snapshot(&mut self) -> Snapshot {
         self.grace_passed();
+        self.read_all()
+    }
+
+    /// What the maps hold.
+    pub fn read_all(&self) -> Snapshot {
         let mut snapshot = Snapshot {
             frontends: self.frontend.iter().map(|(key, number)| (*key, *number)).collect(),
             entries: self.service.clone(),

@@ -44,17 +44,15 @@ pub fn wanted_service(
         let message = format!("{} belongs to a port before it; it is skipped here", Shown(&frontend));
         problems.add(ProblemKind::Duplicate, field(&frontend), message);
     }
-    claimed.retain(|frontend| match context.frontends.winner(&frontend.key) {
-        Some(winner) if *winner != service.key => {
-            let message = format!(
-                "{} belongs to Service {winner}, which is older (or, of the same age, first by name); \
-                 it is skipped here until that Service gives it up",
-                Shown(frontend)
-            );
-            problems.add(ProblemKind::ClaimedTwice, field(frontend), message);
-            false
-        }
-        _ => true,
+    claimed.retain(|frontend| {
+        let Some(winner) = context.frontends.rival(&frontend.key, &service.key) else { return true };
+        let message = format!(
+            "{} belongs to Service {winner}, which is older (or, of the same age, first by name); \
+             it is skipped here until that Service gives it up",
+            Shown(frontend)
+        );
+        problems.add(ProblemKind::ClaimedTwice, field(frontend), message);
+        false
     });
     let ranges = Family::ALL.map(|family| source_ranges(service, family, context.node_addresses));
     let of_one_port = |a: &Frontend, b: &Frontend| a.port == b.port && family(a) == family(b);
@@ -253,9 +251,7 @@ fn wanted_addresses(
 ) -> Vec<(Address, AddressKind)> {
     let mut wanted = Vec::with_capacity(service.cluster_ips.len());
     for ip in &service.cluster_ips {
-        if let Some(winner) = context.addresses.winner(ip)
-            && *winner != service.key
-        {
+        if let Some(winner) = context.addresses.rival(ip, &service.key) {
             let message = format!("{ip} belongs to Service {winner} too, which is older (or first by name)");
             problems.add(ProblemKind::ClaimedTwice, "spec.clusterIPs".to_owned(), message);
             continue;

@@ -57,7 +57,7 @@ pub fn node_port_addresses(
         }
     }
     answering.retain(|address| {
-        !address.is_loopback() && !address.is_unspecified() && cluster_ips.winner(address).is_none()
+        !address.is_loopback() && !address.is_unspecified() && !cluster_ips.is_claimed(address)
     });
     answering
 }

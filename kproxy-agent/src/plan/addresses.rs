@@ -2,41 +2,39 @@
 
 use kproxy_common::AddressKind;
 
-use super::{Fate, Handover, Op, PlanError, Planner, Writes, error::flags, services::Obstacle};
+use super::{Fate, Handover, Op, PlanError, Planner, error::flags, services::Obstacle};
 use crate::wanted::WantedService;
 
 impl Planner<'_> {
     /// What an address is, is part of its element in a hash map: to become something else it is deleted, and
     /// inserted after a grace period.
-    pub(super) fn plan_addresses(
-        &mut self,
-        index: usize,
-        wanted: &WantedService,
-        writes: &mut Writes,
-    ) -> Result<(), Obstacle> {
+    pub(super) fn plan_addresses(&mut self, index: usize, wanted: &WantedService) -> Result<(), Obstacle> {
         let mut again = false;
         for (address, kind) in &wanted.addresses {
             // Of two Services that want it, and of two wishes of one, the first counts.
             if self.address_claims.get(address) != Some(&index)
-                || writes.addresses.iter().any(|op| op.write.0 == *address)
+                || self.writes.addresses[self.before.addresses..].iter().any(|op| op.write.0 == *address)
             {
                 continue;
             }
             match self.tables.address.get(address) {
                 Some(record) if record.kind == Some(*kind) => {
                     if record.owner.as_ref() != Some(&self.services[index].key) {
-                        writes.adopted_addresses.push(Op { party: index, write: *address });
+                        self.writes.adopted_addresses.push(Op { party: index, write: *address });
                     }
                 }
                 Some(_) => {
-                    if !writes.deleted_addresses.iter().any(|op| op.write == *address) {
-                        writes.deleted_addresses.push(Op { party: index, write: *address });
+                    if !self.writes.deleted_addresses[self.before.deleted_addresses..]
+                        .iter()
+                        .any(|op| op.write == *address)
+                    {
+                        self.writes.deleted_addresses.push(Op { party: index, write: *address });
                     }
                     again = true;
                 }
                 None => {
-                    self.room_for_address(writes.addresses.len())?;
-                    writes.addresses.push(Op { party: index, write: (*address, *kind) });
+                    self.room_for_address()?;
+                    self.writes.addresses.push(Op { party: index, write: (*address, *kind) });
                 }
             }
         }
@@ -104,6 +102,7 @@ impl Planner<'_> {
     /// The node's addresses. What a Service wants an address to be comes first.
     pub(super) fn plan_node(&mut self) {
         let Some(wanted) = self.tables.node_wanted.take() else { return };
+        self.before = self.writes.lengths();
         let party = self.node();
         let claimed = |index: &usize| matches!(self.services[*index].fate, Fate::Planned);
         for address in self.tables.node_present.difference(&wanted) {
@@ -125,7 +124,7 @@ impl Planner<'_> {
                 }
                 continue;
             }
-            match self.room_for_address(0) {
+            match self.room_for_address() {
                 Ok(()) => self.writes.addresses.push(Op { party, write: (*address, AddressKind::NodePort) }),
                 Err(Obstacle::NeedsGrace) => {
                     self.deferred.insert(party);
@@ -136,17 +135,18 @@ impl Planner<'_> {
         self.tables.node_wanted = Some(wanted);
     }
 
-    fn room_for_address(&self, in_service: usize) -> Result<(), Obstacle> {
+    fn room_for_address(&self) -> Result<(), Obstacle> {
         if self.tables.deleted.address {
             return Err(Obstacle::NeedsGrace);
         }
-        let in_map = self.tables.address.len() + self.writes.addresses.len();
+        let in_map = self.tables.address.len() + self.before.addresses;
+        let needed = self.writes.addresses.len() - self.before.addresses + 1;
         let capacity = self.tables.capacity.addresses;
-        if in_map + in_service < capacity as usize {
+        if in_map + needed <= capacity as usize {
             return Ok(());
         }
         let (what, flag) = ("addresses", flags::ADDRESSES);
         let free = (capacity as usize).saturating_sub(in_map);
-        Err(PlanError::Full { what, needed: in_service + 1, free, capacity, flag }.into())
+        Err(PlanError::Full { what, needed, free, capacity, flag }.into())
     }
 }

@@ -1,5 +1,7 @@
 //! What can be stored at all.
 
+use std::io::{self, Write};
+
 use kproxy_common::NAME_LENGTH;
 
 use super::PlanError;
@@ -8,7 +10,6 @@ use crate::wanted::{ServiceKey, WantedPort, WantedService};
 /// Whether the tables can hold this Service, room apart.
 pub(super) fn service(wanted: &WantedService) -> Result<(), PlanError> {
     let mut ports = Vec::with_capacity(wanted.ports.len());
-    let mut frontends = Vec::with_capacity(wanted.ports.len());
     for port in &wanted.ports {
         check_name(&wanted.key, &port.name)?;
         let Some(first) = port.frontends.first() else { continue };
@@ -17,16 +18,10 @@ pub(super) fn service(wanted: &WantedService) -> Result<(), PlanError> {
         }
         consistent(port).map_err(|what| PlanError::Inconsistent { port: port.name.clone(), what })?;
         ports.push((&port.name, port.protocol, first.key.address().is_v4()));
-        frontends.extend(port.frontends.iter().map(|frontend| (frontend.key, &port.name)));
     }
     ports.sort_unstable();
     if let Some(pair) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(PlanError::SamePort { port: pair[0].0.clone() });
-    }
-    frontends.sort_unstable();
-    if let Some(pair) = frontends.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        let what = "a frontend occurs twice";
-        return Err(PlanError::Inconsistent { port: pair[1].1.clone(), what });
     }
     Ok(())
 }
@@ -37,14 +32,18 @@ fn check_name(key: &ServiceKey, port: &str) -> Result<(), PlanError> {
     let unreadable = parts.iter().any(|part| part.contains(['/', ':', '\0']));
     let length = key.namespace.len() + 1 + key.name.len() + if port.is_empty() { 0 } else { 1 + port.len() };
     if unreadable || key.namespace.is_empty() || key.name.is_empty() || length >= NAME_LENGTH {
-        return Err(PlanError::Name { name: full_name(key, port) });
+        let name = if port.is_empty() { key.to_string() } else { format!("{key}:{port}") };
+        return Err(PlanError::Name { name });
     }
     Ok(())
 }
 
 /// `namespace/name:port`, as [`kproxy_common::ServiceInfo::name`] holds it.
-pub(super) fn full_name(key: &ServiceKey, port: &str) -> String {
-    if port.is_empty() { key.to_string() } else { format!("{key}:{port}") }
+pub(super) fn write_name(to: &mut impl Write, key: &ServiceKey, port: &str) -> io::Result<()> {
+    for part in [key.namespace.as_str(), "/", &key.name, if port.is_empty() { "" } else { ":" }, port] {
+        to.write_all(part.as_bytes())?;
+    }
+    Ok(())
 }
 
 fn consistent(port: &WantedPort) -> Result<(), &'static str> {

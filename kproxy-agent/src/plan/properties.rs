@@ -172,15 +172,14 @@ impl History {
 
     /// The tables hold just what was written.
     fn same_as_memory(&self, tables: &Tables) {
-        let mut memory = self.memory.clone();
-        let (is, should) = (tables.snapshot(), memory.snapshot());
+        let (is, should) = (tables.snapshot(), self.memory.read_all());
         assert_eq!(is.frontends, should.frontends);
         assert_eq!(is.entries, should.entries);
         assert_eq!(is.infos, should.infos);
         assert_eq!(is.addresses, should.addresses);
         assert_eq!(is.source_ranges, should.source_ranges);
         for (slot, backend) in is.backends.iter().enumerate() {
-            if memory.is_pointed_at(slot as u32) {
+            if self.memory.is_pointed_at(slot as u32) {
                 assert_eq!(*backend, should.backends[slot]);
             }
         }

@@ -1,7 +1,7 @@
 //! The writes for the Services that changed: blocks, numbers, words, frontends and source ranges.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     sync::Arc,
 };
 
@@ -10,9 +10,7 @@ use kproxy_common::{
     ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
 };
 
-use super::{
-    Block, Fate, Handover, Info, Op, PlanError, Planner, Port, Word, Writes, check, describe, error::flags,
-};
+use super::{Block, Fate, Handover, Info, Op, PlanError, Planner, Port, Word, check, describe, error::flags};
 use crate::wanted::{WantedFrontend, WantedPort, WantedService, WantedSide};
 
 /// Why a Service's writes are not in the plan.
@@ -32,24 +30,38 @@ impl Planner<'_> {
     pub(super) fn claim(&mut self) {
         for index in 0..self.services.len() {
             let Some(wanted) = self.services[index].wanted else { continue };
-            let keys = || wanted.ports.iter().flat_map(|port| &port.frontends).map(|frontend| frontend.key);
-            let taken = keys().find_map(|key| Some((key, *self.claims.get(&key)?)));
-            let checked = match taken {
-                Some((key, other)) => Err(PlanError::Claimed {
-                    frontend: describe(&key),
-                    other: self.services[other].key.to_string(),
-                }),
-                None => check::service(wanted),
-            };
-            if let Err(error) = checked {
+            if let Err(error) = check::service(wanted).and_then(|()| self.claim_frontends(index, wanted)) {
                 self.services[index].fate = Fate::Refused(error);
                 continue;
             }
-            self.claims.extend(keys().map(|key| (key, index)));
             for (address, _) in &wanted.addresses {
                 self.address_claims.entry(*address).or_insert(index);
             }
         }
+    }
+
+    fn claim_frontends(&mut self, index: usize, wanted: &WantedService) -> Result<(), PlanError> {
+        let frontends =
+            || wanted.ports.iter().flat_map(|port| port.frontends.iter().map(move |f| (port, f.key)));
+        for (place, (port, key)) in frontends().enumerate() {
+            let other = match self.claims.entry(key) {
+                Entry::Vacant(free) => {
+                    free.insert(index);
+                    continue;
+                }
+                Entry::Occupied(taken) => *taken.get(),
+            };
+            for (_, mine) in frontends().take(place) {
+                self.claims.remove(&mine);
+            }
+            if other == index {
+                let what = "a frontend occurs twice";
+                return Err(PlanError::Inconsistent { port: port.name.clone(), what });
+            }
+            let other = self.services[other].key.to_string();
+            return Err(PlanError::Claimed { frontend: describe(&key), other });
+        }
+        Ok(())
     }
 
     /// Plans each Service that wants something, all or nothing.
@@ -61,13 +73,11 @@ impl Planner<'_> {
                 continue;
             }
             let reserved = self.tables.reserved();
-            let mut writes = Writes::default();
-            let fate = match self.plan_service(index, wanted, &mut writes) {
-                Ok(()) => {
-                    self.writes.append(writes);
-                    Fate::Planned
-                }
+            self.before = self.writes.lengths();
+            let fate = match self.plan_service(index, wanted) {
+                Ok(()) => Fate::Planned,
                 Err(obstacle) => {
+                    self.writes.truncate(&self.before);
                     self.tables.release_reserved(reserved);
                     self.deferred.remove(&index);
                     match obstacle {
@@ -133,16 +143,11 @@ impl Planner<'_> {
             .collect()
     }
 
-    fn plan_service(
-        &mut self,
-        index: usize,
-        wanted: &WantedService,
-        writes: &mut Writes,
-    ) -> Result<(), Obstacle> {
+    fn plan_service(&mut self, index: usize, wanted: &WantedService) -> Result<(), Obstacle> {
         for port in &wanted.ports {
-            self.plan_port(index, wanted, port, writes)?;
+            self.plan_port(index, wanted, port)?;
         }
-        self.plan_addresses(index, wanted, writes)
+        self.plan_addresses(index, wanted)
     }
 
     fn plan_port(
@@ -150,19 +155,18 @@ impl Planner<'_> {
         index: usize,
         service: &WantedService,
         wanted: &WantedPort,
-        writes: &mut Writes,
     ) -> Result<(), Obstacle> {
         let Some(first) = wanted.frontends.first() else { return Ok(()) };
         let port = self.port(index, wanted, first.key.address().is_v4());
-        let block = self.plan_block(index, wanted, &port, writes)?;
+        let block = self.plan_block(index, wanted, &port)?;
         for frontend in &wanted.frontends {
             let words = words(wanted, frontend, &port, block);
             let info = Arc::new(info(service, wanted, frontend, self.now));
             match self.tables.number(&frontend.key) {
                 Some(number) => {
-                    self.plan_change(index, frontend, &port, number, words, info, writes)?;
+                    self.plan_change(index, frontend, &port, number, words, info)?;
                 }
-                None => self.plan_new(index, frontend, &port, words, info, writes)?,
+                None => self.plan_new(index, frontend, &port, words, info)?,
             }
         }
         Ok(())
@@ -186,13 +190,7 @@ impl Planner<'_> {
     }
 
     /// The block with just these backends: one that is there, or a fresh one.
-    fn plan_block(
-        &mut self,
-        index: usize,
-        wanted: &WantedPort,
-        port: &Port,
-        writes: &mut Writes,
-    ) -> Result<BlockWord, Obstacle> {
+    fn plan_block(&mut self, index: usize, wanted: &WantedPort, port: &Port) -> Result<BlockWord, Obstacle> {
         let (in_sets, serving) = (wanted.in_sets, wanted.backends.len() as u16);
         if serving == 0 {
             return Ok(BlockWord::EMPTY);
@@ -253,7 +251,7 @@ impl Planner<'_> {
                 joined,
             ));
         }
-        writes.backends.push(Op { party: index, write: Block { first_slot, backends } });
+        self.writes.backends.push(Op { party: index, write: Block { first_slot, backends } });
         Ok(BlockWord::new(first_slot, in_sets, serving))
     }
 
@@ -292,7 +290,6 @@ impl Planner<'_> {
         joined
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what a frontend is, and where its writes go")]
     fn plan_change(
         &mut self,
         index: usize,
@@ -301,14 +298,13 @@ impl Planner<'_> {
         number: u32,
         words: [u64; 4],
         info: Arc<ServiceInfo>,
-        writes: &mut Writes,
     ) -> Result<(), Obstacle> {
-        let mut changed = self.plan_ranges(index, frontend, number, writes)?;
+        let mut changed = self.plan_ranges(index, frontend, number)?;
         let current = self.tables.words(number);
         for word in Word::STORE_ORDER {
             let value = words[word as usize];
             if value != current[word as usize] {
-                writes.words.push(Op { party: index, write: (number, word, value) });
+                self.writes.words.push(Op { party: index, write: (number, word, value) });
                 changed = true;
             }
         }
@@ -316,7 +312,7 @@ impl Planner<'_> {
         changed |= known.is_none_or(|known| ServiceInfo { changed: info.changed, ..*known } != *info);
         changed |= self.tables.owner(number).is_none_or(|owner| owner.id != port.id);
         if changed {
-            writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
+            self.writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
         }
         Ok(())
     }
@@ -328,28 +324,32 @@ impl Planner<'_> {
         port: &Arc<Port>,
         words: [u64; 4],
         info: Arc<ServiceInfo>,
-        writes: &mut Writes,
     ) -> Result<(), Obstacle> {
         let key = frontend.key;
         if self.tables.deleted.frontend || self.tables.leftovers.frontends.contains(&key) {
             return Err(Obstacle::NeedsGrace);
         }
         let in_map = self.tables.frontend.len() + self.tables.leftovers.frontends.len();
-        let in_plan = self.writes.frontends.len() + writes.frontends.len();
+        let in_plan = self.writes.frontends.len();
         let capacity = self.tables.capacity.frontends;
         let room = in_map + in_plan < capacity as usize;
         let Some(number) = room.then(|| self.tables.reserve_number()).flatten() else {
-            let free = (capacity as usize).saturating_sub(in_map + self.writes.frontends.len());
+            let free = (capacity as usize).saturating_sub(in_map + self.before.frontends);
             let (what, flag) = ("frontends", flags::FRONTENDS);
-            return Err(
-                PlanError::Full { what, needed: writes.frontends.len() + 1, free, capacity, flag }.into()
-            );
+            return Err(PlanError::Full {
+                what,
+                needed: in_plan - self.before.frontends + 1,
+                free,
+                capacity,
+                flag,
+            }
+            .into());
         };
-        self.plan_ranges(index, frontend, number, writes)?;
-        writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
-        writes.counters.push(Op { party: index, write: number });
-        writes.entries.push(Op { party: index, write: (number, entry(words)) });
-        writes.frontends.push(Op { party: index, write: (key, number) });
+        self.plan_ranges(index, frontend, number)?;
+        self.writes.infos.push(Op { party: index, write: Info { number, info, port: port.clone() } });
+        self.writes.counters.push(Op { party: index, write: number });
+        self.writes.entries.push(Op { party: index, write: (number, entry(words)) });
+        self.writes.frontends.push(Op { party: index, write: (key, number) });
         Ok(())
     }
 
@@ -359,7 +359,6 @@ impl Planner<'_> {
         index: usize,
         frontend: &WantedFrontend,
         number: u32,
-        writes: &mut Writes,
     ) -> Result<bool, Obstacle> {
         let asked = (frontend.inside.options | frontend.outside.options) & Options::SOURCE_RANGES != 0;
         let ranges = asked.then_some(&frontend.source_ranges).into_iter().flatten();
@@ -368,7 +367,7 @@ impl Planner<'_> {
         let mut changed = false;
         for key in self.tables.source_ranges(number).filter(|key| !wanted.contains(key)) {
             if !self.tables.retired_ranges.contains(key) {
-                writes.retired_ranges.push(Op { party: index, write: *key });
+                self.writes.retired_ranges.push(Op { party: index, write: *key });
                 changed = true;
             }
         }
@@ -380,15 +379,15 @@ impl Planner<'_> {
             if self.tables.deleted.source_range {
                 return Err(Obstacle::NeedsGrace);
             }
-            let in_map = self.tables.source_range_count + self.writes.source_ranges.len();
+            let in_map = self.tables.source_range_count + self.before.source_ranges;
             let capacity = self.tables.capacity.source_ranges;
-            let needed = writes.source_ranges.len() + 1;
+            let needed = self.writes.source_ranges.len() - self.before.source_ranges + 1;
             if in_map + needed > capacity as usize {
                 let free = (capacity as usize).saturating_sub(in_map);
                 let (what, flag) = ("source ranges", flags::SOURCE_RANGES);
                 return Err(PlanError::Full { what, needed, free, capacity, flag }.into());
             }
-            writes.source_ranges.push(Op { party: index, write: key });
+            self.writes.source_ranges.push(Op { party: index, write: key });
             changed = true;
         }
         Ok(changed)
@@ -412,8 +411,9 @@ fn entry(words: [u64; 4]) -> ServiceEntry {
 
 fn info(service: &WantedService, port: &WantedPort, frontend: &WantedFrontend, now: u64) -> ServiceInfo {
     let mut name = [0; NAME_LENGTH];
-    let text = check::full_name(&service.key, &port.name);
-    name[..text.len()].copy_from_slice(text.as_bytes());
+    let mut rest = &mut name[..NAME_LENGTH - 1];
+    // That it fits was checked before.
+    let _ = check::write_name(&mut rest, &service.key, &port.name);
     ServiceInfo {
         name,
         changed: now,

@@ -197,19 +197,16 @@ fn each<T, const N: usize>(
     count: u32,
     parse: impl Fn(&[u8; N]) -> Option<T>,
 ) -> Result<Vec<Option<T>>, MapError> {
-    let mut values = Vec::new();
-    let mut used = 0;
-    for element in 0..count {
+    let read = |element: u32| {
         let mut bytes = [0; N];
-        mapping.read(element, 0, &mut bytes).map_err(failed(name))?;
-        values.push(parse(&bytes));
-        if values.last().is_some_and(Option::is_some) {
-            used = values.len();
-        }
+        mapping.read(element, 0, &mut bytes).map_err(failed(name)).map(|()| bytes)
+    };
+    // Most of a map is unused; nothing is allocated for that.
+    let mut used = count;
+    while used > 0 && read(used - 1)?.iter().all(|byte| *byte == 0) {
+        used -= 1;
     }
-    values.truncate(used);
-    values.shrink_to_fit();
-    Ok(values)
+    (0..used).map(|element| Ok(parse(&read(element)?))).collect()
 }
 
 fn info_from_bytes(bytes: &[u8; size_of::<ServiceInfo>()]) -> Option<ServiceInfo> {

@@ -319,3 +319,29 @@ fn what_is_read_without_batches_is_the_same() {
     let (tables, problems) = restore(&maps.read_all().unwrap(), CAPACITY);
     assert_eq!((tables.frontends().count(), problems.len()), (39, 78), "no entry and no owner for any");
 }
+
+#[test]
+fn a_first_load_takes_three_calls_and_a_changed_endpoint_none() {
+    let large = Capacity { frontends: 1_000, backends: 8_192, addresses: 1_000, ..CAPACITY };
+    let Some(mut maps) = maps(&large) else { return };
+    if !probe_batches().unwrap() {
+        println!("skipped: this kernel has no batches");
+        return;
+    }
+    let plain = |number: u16, endpoints: u16| {
+        let (key, mut wanted) = service(number, endpoints);
+        let frontend = &mut wanted.ports[0].frontends[0];
+        (frontend.inside.options, frontend.outside.options) = (0, 0);
+        (key, wanted)
+    };
+    let mut reconciler = Reconciler::new(Tables::new(large));
+    reconciler.want_all((0..1_000).map(|number| plain(number, 4)).collect(), now());
+    let report = reconciler.run(&mut maps, now());
+    assert!(report.failed.is_empty(), "{:?}", report.failed);
+    assert_eq!(report.calls, 3, "counters, frontends, addresses");
+
+    let (key, wanted) = plain(500, 5);
+    reconciler.want(BTreeMap::from([(key, Some(wanted))]), now());
+    let report = reconciler.run(&mut maps, now());
+    assert_eq!((report.calls, report.counts.backends), (0, 5));
+}

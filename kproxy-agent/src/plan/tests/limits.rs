@@ -78,6 +78,7 @@ fn what_cannot_be_stored_is_refused_by_name() {
         (renamed("a:b"), "cannot be stored"),
         (with(service("a", &[1], &[1]), |port| port.in_sets = 2), "inconsistent"),
         (with(service("a", &[1], &[1]), |port| port.frontends[0].inside.offset = 1), "outside"),
+        (service("a", &[1], &[1, 1]), "occurs twice"),
     ] {
         let report = agent.try_change([("a", wanted)]);
         assert_eq!((report.failed.len(), report.counts.writes()), (1, 0));

@@ -1,0 +1,170 @@
+//! A program reads on one CPU while the agent's own code rewrites the tables as fast as it can on another: it
+//! never sees another Service's backend, half of one, or a miss of a frontend that was there all along.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::SystemTime,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Map, PerCpuArray},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use kproxy::{
+    maps::{Reconciler, kernel::KernelMaps},
+    wanted::{
+        PassThroughRule, ServiceKey, WantedBackend, WantedFrontend, WantedPort, WantedService, WantedSide,
+    },
+};
+use kproxy_common::{
+    Address, BackendState, FrontendKey, FrontendKind, Location, Mode, Protocol, ServiceKind, TrafficPolicy,
+};
+
+/// Named by `cargo xtask test`: the object with the programs for tests.
+const OBJECT: &str = "KPROXY_TEST_OBJECT";
+const READS: u64 = 10_000_000;
+const READS_A_CALL: u32 = 500_000;
+/// As `read_stress` in the test object has it.
+const STANDING: u32 = 64;
+
+#[test]
+fn a_reader_never_sees_half_of_a_change() {
+    let Some(path) = std::env::var_os(OBJECT) else {
+        println!("skipped: {OBJECT} does not name the test object; `cargo xtask test` builds it");
+        return;
+    };
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: loading programs takes root");
+        return;
+    }
+    let mut ebpf = Ebpf::load(&std::fs::read(&path).unwrap()).expect("the test object loads");
+    let mut maps = KernelMaps::from_fds(|name| {
+        let map = ebpf.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
+        data_of(map).fd().as_fd().try_clone_to_owned()
+    })
+    .unwrap();
+    let (tables, problems) = maps.restore().unwrap();
+    assert!(problems.is_empty(), "{problems:?}");
+    let mut reconciler = Reconciler::new(tables);
+    let all = (0..STANDING).map(|which| (key(which), service(which, 1 + which % 7))).collect();
+    reconciler.want_all(all, SystemTime::now());
+    let report = reconciler.run(&mut maps, SystemTime::now());
+    assert!(report.failed.is_empty(), "{:?}", report.failed);
+
+    let done = AtomicBool::new(false);
+    let (writes, graces) = thread::scope(|scope| {
+        let writer = scope.spawn(|| rewrite(&mut reconciler, &mut maps, &done));
+        let program: &mut SchedClassifier = ebpf.program_mut("read_stress").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        for _ in 0..READS.div_ceil(READS_A_CALL.into()) {
+            let packet = [0; 64];
+            program
+                .test_run(TestRunOptions {
+                    data_in: Some(&packet),
+                    repeat: READS_A_CALL,
+                    ..TestRunOptions::new()
+                })
+                .unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+
+    let seen: PerCpuArray<_, u64> = PerCpuArray::try_from(ebpf.map("seen").unwrap()).unwrap();
+    let [right, missed, foreign, torn, empty] =
+        [0, 1, 2, 3, 4].map(|index| seen.get(&index, 0).unwrap().iter().sum::<u64>());
+    println!(
+        "{right} reads right, {missed} missed, {foreign} of another Service, {torn} torn, {empty} empty, during \
+         {writes} writes and {graces} grace periods"
+    );
+    assert!(right >= READS, "{right} reads");
+    assert_eq!([missed, foreign, torn, empty], [0; 4]);
+    assert!(writes > 10_000, "only {writes} writes: the reader was hardly disturbed");
+}
+
+/// Other backends for standing Services, and others that come and go, until the reader is done.
+fn rewrite(reconciler: &mut Reconciler, maps: &mut KernelMaps, done: &AtomicBool) -> (u64, u64) {
+    let (mut writes, mut graces, mut round) = (0, 0, 0_u32);
+    while !done.load(Ordering::Relaxed) {
+        round = round.wrapping_add(1);
+        let mut changes = BTreeMap::new();
+        for step in 0..24 {
+            // An odd multiplier visits every Service, in an order that is no pattern of the slots.
+            let which = round.wrapping_mul(24).wrapping_add(step).wrapping_mul(2_654_435_761) >> 26;
+            changes.insert(key(which), Some(service(which, 1 + (round + step) % 40)));
+        }
+        for step in 0..8 {
+            let which = STANDING + (round * 8 + step) % 128;
+            let wanted = (round / 16).is_multiple_of(2).then(|| service(which, 1 + step));
+            changes.insert(key(which), wanted);
+        }
+        reconciler.want(changes, SystemTime::now());
+        let report = reconciler.run(maps, SystemTime::now());
+        assert!(report.failed.is_empty(), "{:?}", report.failed);
+        writes += report.counts.writes();
+        graces += report.counts.graces;
+        let report = reconciler.settle(maps, SystemTime::now());
+        writes += report.counts.writes();
+        graces += report.counts.graces;
+    }
+    (writes, graces)
+}
+
+fn key(which: u32) -> ServiceKey {
+    ServiceKey { namespace: "stress".into(), name: format!("s{which}") }
+}
+
+fn address(word: u32) -> Address {
+    Address::from(std::net::IpAddr::V4(word.into()))
+}
+
+/// `10.96.0.<which>:80`, whose backends have the port `1000 + which` and addresses that end in `which`.
+fn service(which: u32, backends: u32) -> WantedService {
+    let backends: Vec<WantedBackend> = (0..backends)
+        .map(|index| WantedBackend {
+            address: address(0x0ac8_0000 | index << 8 | which),
+            port: (1_000 + which) as u16,
+            location: Location::Remote,
+            state: BackendState::Ready,
+        })
+        .collect();
+    let count = backends.len() as u16;
+    let side = WantedSide { offset: 0, count, mode: Mode::Forward, options: 0 };
+    let frontend = WantedFrontend {
+        key: FrontendKey::new(address(0x0a60_0000 | which), 80, Protocol::Tcp),
+        kind: FrontendKind::ClusterIp,
+        policy: TrafficPolicy::Cluster,
+        inside: side,
+        outside: side,
+        source_ranges: Vec::new(),
+        pass_through_rule: PassThroughRule::NotApplicable,
+    };
+    WantedService {
+        key: key(which),
+        kind: ServiceKind::ClusterIp,
+        ports: vec![WantedPort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            affinity_timeout: 0,
+            backends,
+            in_sets: count,
+            frontends: vec![frontend],
+        }],
+        addresses: Vec::new(),
+    }
+}
+
+fn data_of(map: &Map) -> &aya::maps::MapData {
+    match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data) => data,
+        other => panic!("a map of an unexpected kind: {other:?}"),
+    }
+}
