@@ -4,10 +4,8 @@ use std::{env, fs, path::PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-env-changed=KPROXY_BPF_OBJECT");
-    let object = env::var_os("KPROXY_BPF_OBJECT").map_or_else(
-        || PathBuf::from("../target/bpf/kproxy.bpf.o"),
-        PathBuf::from,
-    );
+    let object = env::var_os("KPROXY_BPF_OBJECT")
+        .map_or_else(|| PathBuf::from("../target/bpf/kproxy.bpf.o"), PathBuf::from);
     println!("cargo::rerun-if-changed={}", object.display());
     let Some(out) = env::var_os("OUT_DIR") else {
         println!("cargo::error=cargo did not set OUT_DIR");

@@ -183,6 +183,9 @@ impl Agent<'_> {
         }
         let looked_at = update.services.len();
         let has_news = looked_at > 0 || update.node.is_some() || !self.is_attached;
+        if has_news {
+            self.telemetry.queued();
+        }
         let report = self.syncer.sync(update, SystemTime::now());
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
@@ -198,10 +201,28 @@ impl Agent<'_> {
         // A change of state where something was written, else of no interest but to who waits for it.
         if has_news || writes > 0 {
             tracing::info!(
-                services, frontends, changed = looked_at, writes, calls, failed, compute_us, total_us, "synced"
+                services,
+                frontends,
+                changed = looked_at,
+                writes,
+                calls,
+                failed,
+                compute_us,
+                total_us,
+                "synced"
             );
         } else {
-            tracing::debug!(services, frontends, changed = 0, writes, calls, failed, compute_us, total_us, "synced");
+            tracing::debug!(
+                services,
+                frontends,
+                changed = 0,
+                writes,
+                calls,
+                failed,
+                compute_us,
+                total_us,
+                "synced"
+            );
         }
         // Off the critical path: what was just written is in force already.
         self.syncer.settle(SystemTime::now());

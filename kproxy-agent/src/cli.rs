@@ -1,9 +1,6 @@
 //! The command line: names and meaning are the operator's interface and do not change.
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-};
+use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
@@ -21,7 +18,13 @@ pub struct Cli {
 #[derive(Args, Clone, Debug)]
 pub struct Common {
     /// Folder on a bpffs that holds the pinned maps and links
-    #[arg(long, global = true, value_name = "DIR", env = "KPROXY_BPF_ROOT", default_value = "/sys/fs/bpf/kproxy")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "KPROXY_BPF_ROOT",
+        default_value = "/sys/fs/bpf/kproxy"
+    )]
     pub bpf_root: PathBuf,
     /// How logs are written; they go to stderr, results to stdout
     #[arg(long, global = true, value_enum, env = "KPROXY_LOG_FORMAT", default_value_t = LogFormat::Text)]

@@ -123,14 +123,20 @@ pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
             anyhow::bail!("the kernel closed the rtnetlink socket");
         }
         let settled = Instant::now() + SETTLE;
-        while tokio::time::timeout_at(settled, messages.next()).await.is_ok_and(|message| message.is_some()) {}
+        while tokio::time::timeout_at(settled, messages.next()).await.is_ok_and(|message| message.is_some()) {
+        }
     }
 }
 
 /// All interfaces as they are now.
 pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
-    let links: Vec<LinkMessage> =
-        handle.link().get().execute().try_collect().await.context("cannot list the interfaces (rtnetlink)")?;
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .context("cannot list the interfaces (rtnetlink)")?;
     let mut devices: Devices = links.iter().map(|link| (link.header.index, device(link))).collect();
     let mut addresses = handle.address().get().execute();
     while let Some(message) =

@@ -1,8 +1,8 @@
 //! What one Service wants in the tables: the model's output and the plan's input. Plain values.
 
 use kproxy_common::{
-    Address, AddressKind, BackendState, Cidr, FrontendKey, FrontendKind, Location, Mode, Protocol, ServiceKind,
-    TrafficPolicy,
+    Address, AddressKind, BackendState, Cidr, FrontendKey, FrontendKind, Location, Mode, Protocol,
+    ServiceKind, TrafficPolicy,
 };
 
 /// Namespace and name of a Service.

@@ -288,7 +288,8 @@ fn choose_with_affinity<T: Tables>(
     let now = tables.now();
     let mut keep = false;
     // One value for what was read and what is written: two do not fit beside a caller's stack.
-    let mut value = AffinityValue { address: client.address, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
+    let mut value =
+        AffinityValue { address: client.address, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
     if let Some(last) = tables.affinity(&key) {
         value = last;
     }

@@ -101,7 +101,9 @@ pub fn cidr(net: &IpNet) -> Cidr {
 
 fn cidrs(flag: &str, nets: &[IpNet]) -> Result<Vec<Cidr>> {
     if nets.len() > MAX_CIDRS {
-        return Err(UsageError(format!("{flag} takes at most {MAX_CIDRS} prefixes, not {}", nets.len())).into());
+        return Err(
+            UsageError(format!("{flag} takes at most {MAX_CIDRS} prefixes, not {}", nets.len())).into()
+        );
     }
     Ok(nets.iter().map(cidr).collect())
 }
@@ -111,9 +113,12 @@ fn nodeport_addresses(given: &[String]) -> Result<NodePortAddresses> {
         return Ok(NodePortAddresses::Primary);
     }
     let parse = |text: &String| {
-        let parsed = text.parse::<IpNet>().or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error));
+        let parsed =
+            text.parse::<IpNet>().or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error));
         parsed.map(|net| cidr(&net)).map_err(|_| {
-            UsageError(format!("--nodeport-addresses takes `primary` alone, or CIDRs as 192.0.2.0/24; not {text:?}"))
+            UsageError(format!(
+                "--nodeport-addresses takes `primary` alone, or CIDRs as 192.0.2.0/24; not {text:?}"
+            ))
         })
     };
     Ok(NodePortAddresses::Cidrs(given.iter().map(parse).collect::<Result<_, _>>()?))

@@ -1,7 +1,7 @@
 //! What the agent tells of itself: health, and metrics.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -66,8 +66,12 @@ impl Telemetry {
             Change::EndpointSlice(..) => metrics.changes_seen(Changed::Endpoints, 1),
             // After its deletion the Node as last seen counts.
             Change::Node(Some(node)) => self.node_seen(node),
-            Change::Node(None) | Change::ServiceCidr(..) | Change::LocalAddresses(_) => return,
+            Change::Node(None) | Change::ServiceCidr(..) | Change::LocalAddresses(_) => {}
         }
+    }
+
+    /// Something is about to be written.
+    pub fn queued(&self) {
         for family in Family::ALL {
             self.state.queued(family, Moment::now());
         }
@@ -150,7 +154,7 @@ fn service_counters(bpf_root: &Path) -> Result<Vec<ServiceCounters>> {
     Ok(snapshot.frontends.iter().filter_map(|(_, number)| of_number(*number)).collect())
 }
 
-fn verdicts(bpf_root: &PathBuf) -> Result<Vec<(Reason, u64)>> {
+fn verdicts(bpf_root: &Path) -> Result<Vec<(Reason, u64)>> {
     let reasons = KernelMaps::open(bpf_root)?.reasons()?;
     Ok(reasons.into_iter().map(|(reason, counts)| (reason, counts.iter().sum())).collect())
 }

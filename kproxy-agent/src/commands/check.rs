@@ -105,7 +105,8 @@ fn privileges() -> Finding {
     if missing.is_empty() {
         return finding(check, Status::Ok, "the capabilities that are needed are here");
     }
-    let detail = format!("{} missing: run as root, or give the pod these capabilities", missing.join(" and "));
+    let detail =
+        format!("{} missing: run as root, or give the pod these capabilities", missing.join(" and "));
     finding(check, Status::Failed, detail)
 }
 
@@ -115,7 +116,10 @@ fn bpffs(root: &Path) -> Finding {
 }
 
 fn cgroup(given: Option<&Path>) -> Finding {
-    from_result("cgroup v2", node::cgroup_root(given).map(|path| format!("serves the processes of {}", path.display())))
+    from_result(
+        "cgroup v2",
+        node::cgroup_root(given).map(|path| format!("serves the processes of {}", path.display())),
+    )
 }
 
 fn loads() -> Finding {
@@ -124,7 +128,10 @@ fn loads() -> Finding {
         let most = sizes.iter().filter_map(|(name, _, verified)| Some((verified.as_ref()?, name))).max();
         match most {
             Some((verified, name)) => {
-                format!("all {} accepted; {name} cost the verifier most: {verified} instructions", sizes.len())
+                format!(
+                    "all {} accepted; {name} cost the verifier most: {verified} instructions",
+                    sizes.len()
+                )
             }
             None => format!("all {} accepted", sizes.len()),
         }
@@ -154,7 +161,8 @@ fn batches() -> Finding {
     match probe_batches() {
         Ok(true) => finding("map batches", Status::Ok, "hash maps are written in batches"),
         Ok(false) => {
-            let cost = "not in this kernel (5.6): a first load of 10,000 Services takes about ten times as long";
+            let cost =
+                "not in this kernel (5.6): a first load of 10,000 Services takes about ten times as long";
             finding("map batches", Status::Warning, cost)
         }
         Err(error) => finding("map batches", Status::Failed, format!("no map can be made: {error}")),

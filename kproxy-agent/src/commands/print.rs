@@ -6,7 +6,11 @@ use serde::Serialize;
 use crate::cli::OutputFormat;
 
 /// Prints `value` as JSON or YAML, or what `table` makes of it for people.
-pub fn print<T: Serialize>(value: &T, format: OutputFormat, table: impl FnOnce(&T, bool) -> String) -> Result<()> {
+pub fn print<T: Serialize>(
+    value: &T,
+    format: OutputFormat,
+    table: impl FnOnce(&T, bool) -> String,
+) -> Result<()> {
     match format {
         OutputFormat::Table => print!("{}", table(value, false)),
         OutputFormat::Wide => print!("{}", table(value, true)),
@@ -48,7 +52,13 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = [vec!["a".into(), "long cell".into(), String::new()], vec!["bbbb".into(), "x".into(), "y".into()]];
-        assert_eq!(table(&["N", "CELL", "Z"], &rows), "N      CELL        Z\na      long cell\nbbbb   x           y\n");
+        let rows = [
+            vec!["a".into(), "long cell".into(), String::new()],
+            vec!["bbbb".into(), "x".into(), "y".into()],
+        ];
+        assert_eq!(
+            table(&["N", "CELL", "Z"], &rows),
+            "N      CELL        Z\na      long cell\nbbbb   x           y\n"
+        );
     }
 }

@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fmt::Write as _, net::IpAddr, time::SystemTime};
 
 use anyhow::Result;
-use kproxy_common::{Backend, Counters, FrontendKey, FrontendKind, Mode, Options, ServiceEntry, ServiceInfo, ServiceKind, Side, TrafficPolicy};
+use kproxy_common::{
+    Backend, Counters, FrontendKey, FrontendKind, Mode, Options, ServiceEntry, ServiceInfo, ServiceKind,
+    Side, TrafficPolicy,
+};
 use serde::Serialize;
 
 use super::print;
@@ -21,12 +24,19 @@ pub fn run(common: &Common, args: &ServicesArgs) -> Result<()> {
     let rows = read.frontends.iter().filter_map(|(key, number)| {
         let at = *number as usize;
         let entry = ServiceEntry::from_words(*read.entries.get(at)?).ok()?;
-        Some(Row { number: *number, key: *key, entry, info: read.infos.get(at)?.as_ref()?, counters: counters.get(at).copied()? })
+        Some(Row {
+            number: *number,
+            key: *key,
+            entry,
+            info: read.infos.get(at)?.as_ref()?,
+            counters: counters.get(at).copied()?,
+        })
     });
     let backend = |slot: u32| read.backends.get(slot as usize).copied().flatten();
     let mut services = collect(rows, backend);
     if let Some(filter) = &args.filter {
-        services.retain(|service| format!("{}/{}", service.namespace, service.name).contains(filter.as_str()));
+        services
+            .retain(|service| format!("{}/{}", service.namespace, service.name).contains(filter.as_str()));
     }
     print::print(&List { items: services }, args.output, |list, wide| text(list, wide, now()))
 }
@@ -100,7 +110,10 @@ struct BackendView {
     local: bool,
 }
 
-fn collect<'a>(rows: impl Iterator<Item = Row<'a>>, backend: impl Fn(u32) -> Option<Backend>) -> Vec<Service> {
+fn collect<'a>(
+    rows: impl Iterator<Item = Row<'a>>,
+    backend: impl Fn(u32) -> Option<Backend>,
+) -> Vec<Service> {
     let mut services: BTreeMap<(String, String), Service> = BTreeMap::new();
     for row in rows {
         let full = row.info.name();
@@ -160,8 +173,9 @@ fn frontend(row: &Row<'_>, port_name: &str, backend: &impl Fn(u32) -> Option<Bac
         },
         mode: mode(&entry.inside),
         outside_mode: mode(&entry.outside),
-        pass_through_rule: is_load_balancer
-            .then(|| PassThroughRule::from_number(info.pass_through_rule).map_or("unknown", PassThroughRule::text)),
+        pass_through_rule: is_load_balancer.then(|| {
+            PassThroughRule::from_number(info.pass_through_rule).map_or("unknown", PassThroughRule::text)
+        }),
         affinity_seconds: (entry.inside.has(Options::AFFINITY) && timeout > 0).then_some(timeout),
         backends: backends(&entry.inside, backend),
         outside_backends: backends(&entry.outside, backend),
@@ -297,7 +311,10 @@ fn frontend_kind(number: u8) -> &'static str {
 }
 
 fn kind_order(kind: &str) -> usize {
-    ["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"].iter().position(|known| *known == kind).unwrap_or(9)
+    ["ClusterIP", "ExternalIP", "LoadBalancer", "NodePort"]
+        .iter()
+        .position(|known| *known == kind)
+        .unwrap_or(9)
 }
 
 /// As kubectl prints ages.

@@ -54,16 +54,8 @@ impl DeviceProgram {
     }
 }
 
-const SOCKET_HOOKS: [&str; 8] = [
-    "connect4",
-    "connect6",
-    "sendmsg4",
-    "sendmsg6",
-    "recvmsg4",
-    "recvmsg6",
-    "getpeername4",
-    "getpeername6",
-];
+const SOCKET_HOOKS: [&str; 8] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
 
 /// Of the filters on a clsact qdisc. Two handles: the new filter is in place before the old one goes.
 const CLSACT_PRIORITY: u16 = 1;
@@ -89,7 +81,8 @@ impl Attached {
     pub fn socket_hooks(&mut self, programs: &mut Programs, cgroup: &Path) -> Result<()> {
         let folder =
             File::open(cgroup).with_context(|| format!("cannot open the cgroup {}", cgroup.display()))?;
-        let cgroup_id = folder.metadata().with_context(|| format!("cannot look at {}", cgroup.display()))?.ino();
+        let cgroup_id =
+            folder.metadata().with_context(|| format!("cannot look at {}", cgroup.display()))?.ino();
         for name in SOCKET_HOOKS {
             let pin = self.links.join(name);
             let Some(Program::CgroupSockAddr(program)) = programs.ebpf.program_mut(name) else {
@@ -117,7 +110,8 @@ impl Attached {
         wanted: &BTreeMap<u32, (String, DeviceProgram)>,
     ) -> Vec<(String, anyhow::Error)> {
         let mut failed = Vec::new();
-        let gone: Vec<u32> = self.devices.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
+        let gone: Vec<u32> =
+            self.devices.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
         for index in gone {
             self.forget(index);
         }
@@ -147,7 +141,8 @@ impl Attached {
         };
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let index = name.to_str().and_then(|name| name.strip_prefix("tc_")?.split('_').next()?.parse().ok());
+            let index =
+                name.to_str().and_then(|name| name.strip_prefix("tc_")?.split('_').next()?.parse().ok());
             if index.is_some_and(|index: u32| !present.contains_key(&index)) {
                 // Should it stay, it is a pin of a link that leads nowhere.
                 let _ = fs::remove_file(entry.path());
@@ -155,7 +150,13 @@ impl Attached {
         }
     }
 
-    fn device(&self, programs: &mut Programs, index: u32, device: &str, variant: DeviceProgram) -> Result<()> {
+    fn device(
+        &self,
+        programs: &mut Programs,
+        index: u32,
+        device: &str,
+        variant: DeviceProgram,
+    ) -> Result<()> {
         // Egress first: an answer must find its way back from the first packet that was translated.
         for hook in [Hook::Egress, Hook::Ingress] {
             let name = variant.name(hook);
@@ -215,7 +216,8 @@ pub fn remove_clsact(device: &str) -> usize {
     let mut removed = 0;
     for hook in [Hook::Ingress, Hook::Egress] {
         for handle in CLSACT_HANDLES {
-            let link = SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, handle, None);
+            let link =
+                SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, handle, None);
             removed += usize::from(link.is_ok_and(|link| aya::programs::Link::detach(link).is_ok()));
         }
     }
@@ -280,10 +282,14 @@ fn attach_clsact(program: &mut SchedClassifier, device: &str, hook: Hook) -> Res
         // The filter belongs to the interface, not to this process.
         std::mem::forget(program.take_link(id)?);
         let other = CLSACT_HANDLES[1 - place];
-        if let Ok(old) = SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, other, None) {
+        if let Ok(old) =
+            SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, other, None)
+        {
             drop(old);
         }
         return Ok(());
     }
-    bail!("cannot add a filter to the clsact qdisc of the interface {device}: both of kproxy's handles are taken")
+    bail!(
+        "cannot add a filter to the clsact qdisc of the interface {device}: both of kproxy's handles are taken"
+    )
 }

@@ -118,7 +118,8 @@ impl Programs {
         let wanted: BTreeMap<u32, [u8; 32]> = wanted
             .iter()
             .map(|(index, (v4, v6))| {
-                let octets = |address: &Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
+                let octets =
+                    |address: &Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
                 let mut bytes = [0; 32];
                 bytes[..16].copy_from_slice(&octets(v4, Address::UNSPECIFIED_V4));
                 bytes[16..].copy_from_slice(&octets(v6, Address::UNSPECIFIED));
@@ -150,7 +151,11 @@ impl Programs {
             .programs()
             .filter_map(|(name, program)| {
                 let info = program.info().ok()?;
-                Some((name.to_owned(), info.size_translated().unwrap_or(0) / 8, info.verified_instruction_count()))
+                Some((
+                    name.to_owned(),
+                    info.size_translated().unwrap_or(0) / 8,
+                    info.verified_instruction_count(),
+                ))
             })
             .collect();
         sizes.sort();
@@ -209,7 +214,11 @@ pub fn pinned_maps() -> &'static [&'static str] {
 /// Makes the folder for pins, and makes sure that it is on a bpffs.
 pub fn check_bpf_root(root: &Path) -> Result<(), LoadError> {
     check_on_bpffs(root)?;
-    fs::create_dir_all(root).map_err(|source| LoadError::Io { what: "make the folder", path: root.to_owned(), source })
+    fs::create_dir_all(root).map_err(|source| LoadError::Io {
+        what: "make the folder",
+        path: root.to_owned(),
+        source,
+    })
 }
 
 /// Makes sure that `root`, or the folder that it would be made in, is on a bpffs.
@@ -253,7 +262,10 @@ fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
         if usable {
             continue;
         }
-        tracing::warn!(map = name, "the pinned map has another layout or capacity: it is made anew and filled");
+        tracing::warn!(
+            map = name,
+            "the pinned map has another layout or capacity: it is made anew and filled"
+        );
         drop(map);
         fs::remove_file(&pin).map_err(|source| LoadError::Io { what: "unpin", path: pin.clone(), source })?;
     }
@@ -263,8 +275,8 @@ fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
 /// Key and value sizes in octets, as this version lays them out.
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
-        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, Flow, FlowKey, FrontendKey,
-        Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
+        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, Flow, FlowKey,
+        FrontendKey, Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
         names::FRONTEND => (size_of::<FrontendKey>(), 4),

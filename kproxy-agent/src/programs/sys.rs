@@ -63,12 +63,8 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 
 /// Puts another program into a link, atomically.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let attr = LinkUpdate {
-        link_fd: fd_number(link)?,
-        new_prog_fd: fd_number(program)?,
-        flags: 0,
-        old_prog_fd: 0,
-    };
+    let attr =
+        LinkUpdate { link_fd: fd_number(link)?, new_prog_fd: fd_number(program)?, flags: 0, old_prog_fd: 0 };
     bpf(BPF_LINK_UPDATE, &attr)?;
     Ok(())
 }

@@ -80,7 +80,8 @@ fn start(servers: Arc<Servers>, node_name: String, timing: Timing) -> Source {
     let all = Selectors::default();
     // All Services: the ClusterIPs of those that another proxy serves must be known too.
     watches.spawn(Watch::<Service>::new(servers.clone(), all.clone(), timing, reports.clone()).run());
-    let with_address = Selectors { labels: Some("!service.kubernetes.io/headless".to_owned()), ..all.clone() };
+    let with_address =
+        Selectors { labels: Some("!service.kubernetes.io/headless".to_owned()), ..all.clone() };
     watches.spawn(Watch::<EndpointSlice>::new(servers.clone(), with_address, timing, reports.clone()).run());
     let own = Selectors { fields: Some(format!("metadata.name={node_name}")), ..all.clone() };
     watches.spawn(Watch::<Node>::new(servers.clone(), own, timing, reports.clone()).run());
@@ -209,7 +210,8 @@ impl Merged {
     fn say_synced(&mut self, outgoing: &mut Vec<Event>) {
         let listed = |kind: Kind| self.listed[kind as usize];
         let optional = self.node_seen && listed(Kind::ServiceCidr);
-        if self.synced || !listed(Kind::Service) || !listed(Kind::EndpointSlice) || !(optional || self.waited) {
+        if self.synced || !listed(Kind::Service) || !listed(Kind::EndpointSlice) || !(optional || self.waited)
+        {
             return;
         }
         self.synced = true;

@@ -89,7 +89,8 @@ async fn run(paths: Vec<PathBuf>, node_name: String, events: mpsc::Sender<Event>
             (reader, watches) = done;
             confirm_at = reader.doubts().then(|| confirm_at.unwrap_or_else(|| Instant::now() + CONFIRM));
         }
-        let wake = [pending.due(), confirm_at, Some(next_scan)].into_iter().flatten().min().unwrap_or(next_scan);
+        let wake =
+            [pending.due(), confirm_at, Some(next_scan)].into_iter().flatten().min().unwrap_or(next_scan);
         tokio::select! {
             () = events.closed() => return,
             Some(said) = said.recv() => note(said, &paths, &reader, &mut watches, &mut pending),
@@ -127,7 +128,8 @@ fn note(
     };
     for path in &event.paths {
         let signal = pending::signal(event.kind, path, path.is_symlink(), paths, reader.links());
-        if matches!(event.kind, EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(RenameMode::From))) {
+        if matches!(event.kind, EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(RenameMode::From)))
+        {
             watches.forget(path);
         }
         pending.note(signal, path, now);

@@ -15,9 +15,14 @@ mod tests {
 
     #[test]
     fn only_the_loss_of_most_of_many_is_doubted() {
-        for (known, missing, doubted) in
-            [(0, 0, false), (10, 10, false), (11, 11, true), (100, 50, false), (100, 51, true), (10_000, 5_001, true)]
-        {
+        for (known, missing, doubted) in [
+            (0, 0, false),
+            (10, 10, false),
+            (11, 11, true),
+            (100, 50, false),
+            (100, 51, true),
+            (10_000, 5_001, true),
+        ] {
             assert_eq!(needs_confirmation(known, missing), doubted, "{missing} of {known}");
         }
     }

@@ -42,7 +42,9 @@ mod tests {
     #[test]
     fn waits_double_up_to_the_longest_and_differ() {
         let backoff = Backoff::default();
-        for (failures, full) in [(0, 800), (1, 800), (2, 1_600), (5, 12_800), (6, 25_600), (7, 30_000), (u32::MAX, 30_000)] {
+        for (failures, full) in
+            [(0, 800), (1, 800), (2, 1_600), (5, 12_800), (6, 25_600), (7, 30_000), (u32::MAX, 30_000)]
+        {
             let full = Duration::from_millis(full);
             let wait = backoff.wait(failures);
             assert!(full / 2 <= wait && wait <= full, "{failures}: {wait:?}");

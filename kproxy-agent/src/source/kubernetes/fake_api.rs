@@ -162,7 +162,10 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     if parameter("watch") == Some("true") {
         let initial = parameter("sendInitialEvents") == Some("true");
         if initial && state.no_streaming {
-            return failure(422, "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled");
+            return failure(
+                422,
+                "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled",
+            );
         }
         let from: u64 = parameter("resourceVersion").unwrap_or_default().parse().unwrap_or_default();
         if !initial && from < state.oldest {
@@ -215,12 +218,16 @@ async fn next_chunk((shared, mut changed, mut watch): Watching) -> Option<(Chunk
                 return None;
             }
             if watch.sent < state.oldest {
-                let line = json!({"type": "ERROR", "object": status(410, "too old resource version")}).to_string();
+                let line =
+                    json!({"type": "ERROR", "object": status(410, "too old resource version")}).to_string();
                 watch.epoch = 0;
                 watch.sent = u64::MAX;
                 return Some((Ok(line + "\n"), (shared.clone(), changed, watch)));
             }
-            let new = state.history.iter().filter(|event| event.version > watch.sent && event.resource == watch.resource);
+            let new = state
+                .history
+                .iter()
+                .filter(|event| event.version > watch.sent && event.resource == watch.resource);
             let lines: String = new.map(|event| event_line(event.kind, &event.object)).collect();
             if watch.sent < state.version {
                 watch.sent = state.version;

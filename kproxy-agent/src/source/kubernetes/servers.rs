@@ -312,7 +312,9 @@ mod tests {
         ] {
             assert_eq!(parse_url(text).expect(text).to_string(), expected);
         }
-        for text in ["", "https://", "ftp://192.0.2.1", "a b", "https://u:p@192.0.2.1", "https://192.0.2.1/?x=1"] {
+        for text in
+            ["", "https://", "ftp://192.0.2.1", "a b", "https://u:p@192.0.2.1", "https://192.0.2.1/?x=1"]
+        {
             assert!(matches!(parse_url(text), Err(ConfigError::Url { .. })), "{text}");
         }
     }
@@ -329,7 +331,10 @@ mod tests {
             ["its host", "api.example.com", "kubernetes.default.svc"]
         );
         assert_eq!(names("192.0.2.1", "192.0.2.1", None), ["its host", "kubernetes.default.svc"]);
-        assert_eq!(names("192.0.2.1", "[2001:db8::1]", None), ["its host", "2001:db8::1", "kubernetes.default.svc"]);
+        assert_eq!(
+            names("192.0.2.1", "[2001:db8::1]", None),
+            ["its host", "2001:db8::1", "kubernetes.default.svc"]
+        );
     }
 
     #[tokio::test]
@@ -357,7 +362,8 @@ mod tests {
     async fn without_api_server_the_configuration_names_it() {
         let servers = testing::servers("https://api.example.com:6443", &[]).await;
         assert_eq!(servers.url(&servers.attempt()), "https://api.example.com:6443/");
-        let missing = ConnectionSettings { kubeconfig: Some("/nonexistent".into()), ..ConnectionSettings::default() };
+        let missing =
+            ConnectionSettings { kubeconfig: Some("/nonexistent".into()), ..ConnectionSettings::default() };
         assert!(matches!(Servers::new(&missing).await, Err(ConfigError::Kubeconfig { .. })));
     }
 }

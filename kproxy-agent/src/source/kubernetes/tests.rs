@@ -60,11 +60,15 @@ impl Client {
             Event::Change(change) => {
                 self.changes += 1;
                 let (key, metadata) = match change {
-                    Change::Service(key, object) => ((Kind::Service, key.name), object.map(|object| object.metadata)),
+                    Change::Service(key, object) => {
+                        ((Kind::Service, key.name), object.map(|object| object.metadata))
+                    }
                     Change::EndpointSlice(key, object) => {
                         ((Kind::EndpointSlice, key.name), object.map(|object| object.metadata))
                     }
-                    Change::Node(object) => ((Kind::Node, String::new()), object.map(|object| object.metadata)),
+                    Change::Node(object) => {
+                        ((Kind::Node, String::new()), object.map(|object| object.metadata))
+                    }
                     Change::ServiceCidr(name, object) => {
                         ((Kind::ServiceCidr, name), object.map(|object| object.metadata))
                     }
@@ -140,7 +144,9 @@ async fn all_kinds_are_listed_and_watched_with_their_selectors() {
 
         let requests = api.state().requests.clone();
         let has = |path: &str, parts: &[&str]| {
-            requests.iter().any(|request| request.starts_with(path) && parts.iter().all(|part| request.contains(part)))
+            requests
+                .iter()
+                .any(|request| request.starts_with(path) && parts.iter().all(|part| request.contains(part)))
         };
         let list = if no_streaming { "limit=500" } else { "sendInitialEvents=true" };
         assert!(has("/api/v1/services?", &[list]), "{requests:?}");
@@ -163,10 +169,14 @@ async fn a_watch_that_ends_goes_on_without_a_list() {
     api.end_watches();
     api.put("services", service("b"));
     api.delete("services", "a");
-    client.until("what happened meanwhile", |client| client.of_kind(Kind::Service) == api.names("services")).await;
+    client
+        .until("what happened meanwhile", |client| client.of_kind(Kind::Service) == api.names("services"))
+        .await;
     assert_eq!(client.kinds(), []);
     let requests = api.state().requests.clone();
-    let lists = requests.iter().filter(|request| request.contains("/services?") && request.contains("sendInitialEvents"));
+    let lists = requests
+        .iter()
+        .filter(|request| request.contains("/services?") && request.contains("sendInitialEvents"));
     assert_eq!(lists.count(), 1, "{requests:?}");
 }
 
@@ -229,7 +239,10 @@ async fn what_is_not_allowed_is_named_and_what_is_not_necessary_is_done_without(
     client.wait(200).await;
     assert!(!client.synced, "without EndpointSlices there is no full list");
     let problem = client.problems.iter().find(|problem| problem.kind == ProblemKind::Authorization);
-    assert!(problem.is_some_and(|problem| problem.mend.contains(r#"resources: ["endpointslices"]"#)), "{problem:?}");
+    assert!(
+        problem.is_some_and(|problem| problem.mend.contains(r#"resources: ["endpointslices"]"#)),
+        "{problem:?}"
+    );
 
     api.state().refuse.remove("endpointslices");
     client.until("the lists", |client| client.synced).await;
@@ -240,7 +253,9 @@ async fn what_is_not_allowed_is_named_and_what_is_not_necessary_is_done_without(
 
 #[tokio::test]
 async fn the_next_server_is_tried_and_goes_on_where_the_first_was() {
-    let dead = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+    let dead = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port");
     let api = FakeApi::start().await;
     api.put("nodes", node("node-a"));
     api.put("services", service("a"));
@@ -251,11 +266,17 @@ async fn the_next_server_is_tried_and_goes_on_where_the_first_was() {
 
 #[tokio::test]
 async fn a_server_that_is_not_there_is_one_problem_with_a_mend() {
-    let dead = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+    let dead = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port");
     let mut client = Client::of(&[format!("http://{dead}")]).await;
     client.until("the trouble", |client| client.kinds() == [(ProblemKind::Connection, 1)]).await;
     client.wait(300).await;
-    assert_eq!(client.kinds(), [(ProblemKind::Connection, 1)], "one, however many watches and tries there are");
+    assert_eq!(
+        client.kinds(),
+        [(ProblemKind::Connection, 1)],
+        "one, however many watches and tries there are"
+    );
     let problem = client.problems.iter().next().expect("it is there").clone();
     assert!(problem.place.contains(&dead.to_string()), "{problem:?}");
     assert!(problem.mend.contains("runs and listens"), "{problem:?}");
@@ -274,7 +295,8 @@ fn the_own_node_is_waited_for_but_not_for_ever() {
     merged.waited = true;
     merged.say_synced(&mut outgoing);
     merged.say_synced(&mut outgoing);
-    let missing = |event: &Event| matches!(event, Event::Problem(problem) if problem.kind == ProblemKind::NodeMissing);
+    let missing =
+        |event: &Event| matches!(event, Event::Problem(problem) if problem.kind == ProblemKind::NodeMissing);
     assert!(matches!(&outgoing[..], [problem, Event::Synced] if missing(problem)), "{outgoing:?}");
 
     merged.take(Report::Changes(vec![Change::Node(Some(Box::default()))]), &mut outgoing);

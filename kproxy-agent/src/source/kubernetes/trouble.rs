@@ -128,7 +128,12 @@ impl WatchError {
         let chain = self.chain();
         if let WatchError::Protocol(what) = self {
             let mend = "look whether something else answers there";
-            return SourceProblem::new(ProblemKind::ApiError, resource.plural, format!("{server}: {what}"), mend);
+            return SourceProblem::new(
+                ProblemKind::ApiError,
+                resource.plural,
+                format!("{server}: {what}"),
+                mend,
+            );
         }
         if is_tls(&chain) {
             let mend = if is_wrong_name(&chain) {
@@ -140,7 +145,12 @@ impl WatchError {
             } else {
                 "look whether it speaks TLS, and which client certificates it wants"
             };
-            return SourceProblem::new(ProblemKind::Tls, server, format!("TLS with it failed: {chain}"), mend);
+            return SourceProblem::new(
+                ProblemKind::Tls,
+                server,
+                format!("TLS with it failed: {chain}"),
+                mend,
+            );
         }
         if matches!(self, WatchError::Client(kube::Error::Auth(_))) {
             let mend = "correct the user of the kubeconfig: its token file or its exec plugin";
@@ -170,7 +180,8 @@ impl WatchError {
         let mut text = String::new();
         let mut last = String::new();
         // These say nothing but that their cause happened.
-        let is_wrapper = matches!(self, WatchError::Client(kube::Error::Service(_) | kube::Error::HyperError(_)));
+        let is_wrapper =
+            matches!(self, WatchError::Client(kube::Error::Service(_) | kube::Error::HyperError(_)));
         for error in self.causes().skip(if is_wrapper { 2 } else { 0 }) {
             let message = error.to_string();
             // Many errors repeat the text of their cause.
@@ -241,8 +252,18 @@ mod tests {
             (refused_by_status(422), Meaning::NoStreamingList, ProblemKind::ApiError, "tried again"),
             (refused_by_status(429), Meaning::Refused, ProblemKind::ApiError, "tried again"),
             (refused_by_status(503), Meaning::Unreachable, ProblemKind::ApiError, "log"),
-            (by_io(io::ErrorKind::ConnectionRefused, "refused"), Meaning::Unreachable, ProblemKind::Connection, "runs"),
-            (by_io(io::ErrorKind::TimedOut, "timed out"), Meaning::Unreachable, ProblemKind::Connection, "firewall"),
+            (
+                by_io(io::ErrorKind::ConnectionRefused, "refused"),
+                Meaning::Unreachable,
+                ProblemKind::Connection,
+                "runs",
+            ),
+            (
+                by_io(io::ErrorKind::TimedOut, "timed out"),
+                Meaning::Unreachable,
+                ProblemKind::Connection,
+                "firewall",
+            ),
             (
                 by_io(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer"),
                 Meaning::Unreachable,
@@ -250,12 +271,20 @@ mod tests {
                 "certificate-authority",
             ),
             (
-                by_io(io::ErrorKind::InvalidData, "invalid peer certificate: certificate not valid for name \"x\""),
+                by_io(
+                    io::ErrorKind::InvalidData,
+                    "invalid peer certificate: certificate not valid for name \"x\"",
+                ),
                 Meaning::WrongName,
                 ProblemKind::Tls,
                 "tls-server-name",
             ),
-            (WatchError::Silent(Duration::from_secs(9)), Meaning::Unreachable, ProblemKind::Connection, "firewall"),
+            (
+                WatchError::Silent(Duration::from_secs(9)),
+                Meaning::Unreachable,
+                ProblemKind::Connection,
+                "firewall",
+            ),
             (WatchError::Protocol("odd"), Meaning::Refused, ProblemKind::ApiError, "something else"),
         ] {
             let problem = error.problem(SLICES, "https://192.0.2.1/", Origin::Kubeconfig);

@@ -358,7 +358,9 @@ impl<K: Watched> Watch<K> {
                         self.go_on_from(object.meta().resource_version.clone());
                         self.delete(object, &mut changes);
                     }
-                    Ok(WatchEvent::Bookmark(bookmark)) => self.go_on_from(Some(bookmark.metadata.resource_version)),
+                    Ok(WatchEvent::Bookmark(bookmark)) => {
+                        self.go_on_from(Some(bookmark.metadata.resource_version))
+                    }
                     Ok(WatchEvent::Error(status)) => failure = Some(WatchError::Event(status)),
                     // Asked again, the server would send the same: the object stays as it was.
                     Err(kube::Error::SerdeError(error)) => cannot_read(K::RESOURCE, &error),

@@ -173,7 +173,9 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
             None => parsed.flaws.push(unknown_kind(api_version, kind)),
         },
         _ => match yaml::<Value>(document) {
-            Ok(value) => parsed.add_value(value, &format!("line {}: ", document.line), None, LIST_DEPTH, node_name),
+            Ok(value) => {
+                parsed.add_value(value, &format!("line {}: ", document.line), None, LIST_DEPTH, node_name)
+            }
             Err(flaw) => parsed.flaws.push(flaw),
         },
     }
@@ -252,7 +254,9 @@ impl Parsed {
         if let Some(kind) = Kind::from_type(&api_version, &kind) {
             return self.add_typed(value, kind, place, node_name);
         }
-        let (Some(item_kind), Some(Value::Array(items))) = (kind.strip_suffix("List"), value.get_mut("items")) else {
+        let (Some(item_kind), Some(Value::Array(items))) =
+            (kind.strip_suffix("List"), value.get_mut("items"))
+        else {
             return self.flaws.push(unknown_kind(&api_version, &kind));
         };
         if depth == 0 {
@@ -271,7 +275,8 @@ impl Parsed {
     fn add_typed(&mut self, value: Value, kind: Kind, place: &str, node_name: &str) {
         let mut hasher = DefaultHasher::new();
         value.hash(&mut hasher);
-        let name = value.pointer("/metadata/name").and_then(Value::as_str).unwrap_or("without a name").to_owned();
+        let name =
+            value.pointer("/metadata/name").and_then(Value::as_str).unwrap_or("without a name").to_owned();
         let object = match kind {
             Kind::Service => serde_json::from_value(value).map(Object::Service),
             Kind::EndpointSlice => serde_json::from_value(value).map(Object::EndpointSlice),
@@ -474,7 +479,11 @@ fn yaml_flaw(error: &serde_saphyr::Error, document: Document<'_>) -> Flaw {
     };
     let place = match error.location() {
         Some(location) => {
-            format!("line {}, column {}", document.line as u64 + location.line().saturating_sub(1), location.column())
+            format!(
+                "line {}, column {}",
+                document.line as u64 + location.line().saturating_sub(1),
+                location.column()
+            )
         }
         None => format!("the document on line {}", document.line),
     };

@@ -245,13 +245,17 @@ fn split_key(content: &str) -> Option<(&str, &str)> {
 fn is_integer(text: &str) -> bool {
     let digits = text.strip_prefix('-').unwrap_or(text);
     let leading = digits.as_bytes().first().copied();
-    text == "0" || (leading.is_some_and(|byte| (b'1'..=b'9').contains(&byte)) && all_digits(digits) && digits.len() <= 18)
+    text == "0"
+        || (leading.is_some_and(|byte| (b'1'..=b'9').contains(&byte))
+            && all_digits(digits)
+            && digits.len() <= 18)
 }
 
 /// Whether an unquoted scalar is a string for every YAML parser.
 fn is_surely_string(text: &str) -> bool {
     let harmless = |byte: u8| {
-        byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'/' | b'-' | b':' | b'+' | b'=' | b'@' | b',')
+        byte.is_ascii_alphanumeric()
+            || matches!(byte, b'_' | b'.' | b'/' | b'-' | b':' | b'+' | b'=' | b'@' | b',')
     };
     // A space is harmless between words: not after a colon, not before a number sign, which is left out anyway.
     let spaced = |pair: &[u8]| pair[1] != b' ' || pair[0] != b':';

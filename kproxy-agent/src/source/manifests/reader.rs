@@ -129,7 +129,8 @@ impl Reader {
         let mut all_there = true;
         if work.scan {
             let scan = files::scan(&self.paths, on_folder);
-            all_there = self.paths.iter().all(|path| !scan.missing.contains(path) && !scan.unreadable.contains(path));
+            all_there =
+                self.paths.iter().all(|path| !scan.missing.contains(path) && !scan.unreadable.contains(path));
             self.compare(&scan, &mut wanted);
             self.links = scan.links;
             self.said.about(About::Paths, scan.problems, &mut emit);
@@ -204,7 +205,8 @@ impl Reader {
                     pass.flaws.push(Flaw {
                         kind: ProblemKind::EmptyFile,
                         what: "it is empty".to_owned(),
-                        mend: "remove it, or write a comment into it, if nothing is to be served from it".to_owned(),
+                        mend: "remove it, or write a comment into it, if nothing is to be served from it"
+                            .to_owned(),
                     });
                     self.finish(pass, touched, emit);
                 }
@@ -223,13 +225,20 @@ impl Reader {
             parallel::in_order(
                 pieces(language.split(&text)),
                 |piece| read_documents(language, piece, &known, &node_name),
-                |documents| documents.into_iter().for_each(|document| self.apply(&mut pass, document, touched, emit)),
+                |documents| {
+                    documents.into_iter().for_each(|document| self.apply(&mut pass, document, touched, emit))
+                },
             );
             self.finish(pass, touched, emit);
         }
     }
 
-    fn remove_file(&mut self, path: &Path, touched: &mut HashSet<Arc<ObjectKey>>, emit: &mut dyn FnMut(Event)) {
+    fn remove_file(
+        &mut self,
+        path: &Path,
+        touched: &mut HashSet<Arc<ObjectKey>>,
+        emit: &mut dyn FnMut(Event),
+    ) {
         if let Some((path, file)) = self.files.remove_entry(path) {
             self.said.about(About::File(path.clone()), Vec::new(), emit);
             for key in file.keys {
@@ -333,7 +342,10 @@ impl Reader {
                 problems.push(SourceProblem::new(
                     ProblemKind::Duplicate,
                     last.display().to_string(),
-                    format!("{key} is in this file and in {}; this one counts, as the last in path order", other.display()),
+                    format!(
+                        "{key} is in this file and in {}; this one counts, as the last in path order",
+                        other.display()
+                    ),
                     "remove one of them",
                 ));
             }
@@ -341,7 +353,12 @@ impl Reader {
         }
     }
 
-    fn delete_orphans(&mut self, touched: HashSet<Arc<ObjectKey>>, confirm: bool, emit: &mut dyn FnMut(Event)) {
+    fn delete_orphans(
+        &mut self,
+        touched: HashSet<Arc<ObjectKey>>,
+        confirm: bool,
+        emit: &mut dyn FnMut(Event),
+    ) {
         let mut orphans = std::mem::take(&mut self.doubtful);
         orphans.extend(touched);
         orphans.retain(|key| self.holdings.is_orphan(key));
@@ -350,7 +367,11 @@ impl Reader {
             problems.push(SourceProblem::new(
                 ProblemKind::ShortList,
                 self.paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
-                format!("{} of {} objects are gone from the files at once", orphans.len(), self.holdings.len()),
+                format!(
+                    "{} of {} objects are gone from the files at once",
+                    orphans.len(),
+                    self.holdings.len()
+                ),
                 "nothing is to be done: they are deleted if a second look finds the same",
             ));
             self.doubtful = orphans;
@@ -365,7 +386,11 @@ impl Reader {
     }
 
     /// Says that the changes of these folders cannot be followed, or (with none) that they can again.
-    pub(super) fn say_not_followed(&mut self, folders: &BTreeMap<PathBuf, String>, emit: &mut dyn FnMut(Event)) {
+    pub(super) fn say_not_followed(
+        &mut self,
+        folders: &BTreeMap<PathBuf, String>,
+        emit: &mut dyn FnMut(Event),
+    ) {
         let problems = folders.iter().map(|(folder, error)| {
             SourceProblem::new(
                 ProblemKind::NotFollowed,
@@ -461,7 +486,10 @@ fn pieces(documents: Vec<Document<'_>>) -> Vec<Vec<Document<'_>>> {
 fn hides_objects(kind: ProblemKind) -> bool {
     matches!(
         kind,
-        ProblemKind::Syntax | ProblemKind::InvalidObject | ProblemKind::UnreadableFile | ProblemKind::EmptyFile
+        ProblemKind::Syntax
+            | ProblemKind::InvalidObject
+            | ProblemKind::UnreadableFile
+            | ProblemKind::EmptyFile
     )
 }
 

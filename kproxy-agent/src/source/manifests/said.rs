@@ -39,7 +39,10 @@ impl Said {
             problem.log();
             emit(Event::Problem(problem));
         };
-        old.iter().filter(|problem| !problems.contains(problem)).cloned().for_each(|gone| say(gone.resolve()));
+        old.iter()
+            .filter(|problem| !problems.contains(problem))
+            .cloned()
+            .for_each(|gone| say(gone.resolve()));
         problems.into_iter().filter(|problem| !old.contains(problem)).for_each(say);
     }
 }

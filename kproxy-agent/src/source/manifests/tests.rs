@@ -36,7 +36,9 @@ impl Drop for Folder {
 }
 
 fn service(name: &str, cluster_ip: &str) -> String {
-    format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {cluster_ip}}}\n---\n")
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {cluster_ip}}}\n---\n"
+    )
 }
 
 /// What a receiver of the events has: Services with their ClusterIP, and the problems.
@@ -86,7 +88,8 @@ struct Stepped {
 
 impl Stepped {
     fn new(paths: &[PathBuf]) -> Self {
-        let mut stepped = Stepped { reader: Reader::new(paths.to_vec(), "node-a".into()), received: Received::default() };
+        let mut stepped =
+            Stepped { reader: Reader::new(paths.to_vec(), "node-a".into()), received: Received::default() };
         stepped.scan();
         stepped
     }
@@ -201,8 +204,11 @@ fn bad_files_are_named_and_the_rest_is_served() {
     folder.write("e-nameless.yaml", "apiVersion: v1\nkind: Service\n");
     folder.write("f-comment.yaml", "# nothing yet\n");
     folder.write("g-locked.yaml", &service("locked", "10.96.0.4"));
-    fs::File::create(folder.path("h-huge.yaml")).and_then(|file| file.set_len(200 << 20)).expect("a sparse file");
-    nix::unistd::mkfifo(&folder.path("i-fifo.yaml"), nix::sys::stat::Mode::S_IRWXU).expect("a FIFO can be made");
+    fs::File::create(folder.path("h-huge.yaml"))
+        .and_then(|file| file.set_len(200 << 20))
+        .expect("a sparse file");
+    nix::unistd::mkfifo(&folder.path("i-fifo.yaml"), nix::sys::stat::Mode::S_IRWXU)
+        .expect("a FIFO can be made");
     symlink("nowhere.yaml", folder.path("j-dangling.yaml")).expect("a link can be made");
     fs::set_permissions(folder.path("g-locked.yaml"), fs::Permissions::from_mode(0)).expect("chmod");
     // The superuser reads it all the same.
@@ -217,8 +223,12 @@ fn bad_files_are_named_and_the_rest_is_served() {
         (ProblemKind::EmptyFile, 1),
     ];
     assert_eq!(stepped.received.kinds(), expected);
-    let deployments = stepped.received.problems.iter().find(|problem| problem.kind == ProblemKind::UnknownKind);
-    assert_eq!(deployments.map(|problem| &*problem.what), Some("kind Deployment (apps/v1) is skipped (3 times)"));
+    let deployments =
+        stepped.received.problems.iter().find(|problem| problem.kind == ProblemKind::UnknownKind);
+    assert_eq!(
+        deployments.map(|problem| &*problem.what),
+        Some("kind Deployment (apps/v1) is skipped (3 times)")
+    );
 }
 
 #[test]
@@ -245,7 +255,10 @@ fn most_objects_are_only_deleted_after_a_second_look() {
     fs::remove_file(folder.path("a.yaml")).expect("a.yaml can be removed");
     stepped.scan();
     assert!(stepped.reader.doubts());
-    assert_eq!((stepped.received.services.len(), stepped.received.kinds()), (31, vec![(ProblemKind::ShortList, 1)]));
+    assert_eq!(
+        (stepped.received.services.len(), stepped.received.kinds()),
+        (31, vec![(ProblemKind::ShortList, 1)])
+    );
     // It was a glitch.
     folder.write("a.yaml", &all);
     stepped.scan();
@@ -277,7 +290,8 @@ fn links_are_followed_and_circles_are_not() {
 fn a_long_file_is_read_in_pieces_with_the_same_result() {
     let folder = Folder::new();
     let padding = format!("# {}\n", "x".repeat(1000));
-    let all: String = (0..2000).map(|n| padding.clone() + &service(&format!("s{n:04}"), "10.96.0.1")).collect();
+    let all: String =
+        (0..2000).map(|n| padding.clone() + &service(&format!("s{n:04}"), "10.96.0.1")).collect();
     assert!(all.len() > 2 << 20);
     folder.write("a.yaml", &all);
     let mut stepped = Stepped::new(&[folder.path("a.yaml")]);
@@ -372,11 +386,13 @@ async fn changes_are_followed_as_tools_make_them() {
     let path = folder.path("manifests");
     let mut source = follow(std::slice::from_ref(&path), "node-a");
     let mut got = Received::default();
-    until(&mut source, &mut got, "the missing folder", |got| got.kinds() == [(ProblemKind::MissingPath, 1)]).await;
+    until(&mut source, &mut got, "the missing folder", |got| got.kinds() == [(ProblemKind::MissingPath, 1)])
+        .await;
 
     fs::create_dir(&path).expect("the folder can be made");
     folder.write("manifests/a.yaml", &service("one", "10.96.0.1"));
-    until(&mut source, &mut got, "the folder that came later", |got| got.synced && got.names() == ["one"]).await;
+    until(&mut source, &mut got, "the folder that came later", |got| got.synced && got.names() == ["one"])
+        .await;
 
     // As most editors: write beside it, rename over it.
     folder.write("manifests/.a.yaml.new", &service("one", "10.96.0.11"));
@@ -388,7 +404,10 @@ async fn changes_are_followed_as_tools_make_them() {
     fs::rename(path.join("a.yaml"), path.join("a.yaml~")).expect("rename");
     folder.write("manifests/a.yaml", &service("one", "10.96.0.12"));
     fs::remove_file(path.join("a.yaml~")).expect("remove");
-    until(&mut source, &mut got, "a rename away", |got| got.services.get("one").is_some_and(|ip| ip == "10.96.0.12")).await;
+    until(&mut source, &mut got, "a rename away", |got| {
+        got.services.get("one").is_some_and(|ip| ip == "10.96.0.12")
+    })
+    .await;
     assert_eq!(got.changes, changes + 1);
 
     // As the kubelet: a mounted ConfigMap is a link that is swapped.
@@ -402,7 +421,10 @@ async fn changes_are_followed_as_tools_make_them() {
         } else {
             fs::remove_dir_all(path.join("..1")).expect("rm -r");
         }
-        until(&mut source, &mut got, version, |got| got.services.get("config").is_some_and(|ip| ip == address)).await;
+        until(&mut source, &mut got, version, |got| {
+            got.services.get("config").is_some_and(|ip| ip == address)
+        })
+        .await;
     }
 
     fs::create_dir_all(path.join("sub/sub")).expect("mkdir");
@@ -431,5 +453,8 @@ async fn when_most_of_it_goes_it_goes_after_the_second_look() {
     fs::remove_file(folder.path("a.yaml")).expect("rm");
     until(&mut source, &mut got, "the doubt", |got| got.kinds() == [(ProblemKind::ShortList, 1)]).await;
     assert_eq!(got.services.len(), 30);
-    until(&mut source, &mut got, "the end of the doubt", |got| got.services.is_empty() && got.kinds().is_empty()).await;
+    until(&mut source, &mut got, "the end of the doubt", |got| {
+        got.services.is_empty() && got.kinds().is_empty()
+    })
+    .await;
 }

@@ -18,7 +18,8 @@ const BACKENDS: [&str; 2] = ["web-1", "web-2"];
 /// Nodes that the load balancer must find healthy: the others have no pod of the Service.
 pub const HEALTHY: [&str; 2] = ["node-a", "node-b"];
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const SYNC_DEADLINE: Duration = Duration::from_secs(60);
+const CHECK_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Everything that stands. Taken down when dropped.
 #[derive(Debug)]
@@ -112,7 +113,7 @@ impl Cluster {
         });
         elb.configure(&frontends)?;
         for family in Family::BOTH {
-            elb.wait_servers_up(frontend(family), &HEALTHY, DEADLINE)
+            elb.wait_servers_up(frontend(family), &HEALTHY, CHECK_DEADLINE)
                 .context("health checks of the NodePort, as they must come out under policy Local")?;
         }
         Ok(())
@@ -147,7 +148,8 @@ impl Cluster {
 
     fn wait_synced(&mut self) -> Result<()> {
         for agent in &mut self.agents {
-            agent.wait_synced()?;
+            // Starting means that the verifier reads every program: long where others are at work.
+            agent.wait_log("the agent being synced", SYNC_DEADLINE, |line| line.message == "synced")?;
         }
         Ok(())
     }

@@ -72,12 +72,13 @@ fn enter_script(cluster: &Cluster, init: u32) -> Result<String> {
     let mut cases = String::new();
     for member in lab.members() {
         let name = member.name();
-        let pins = match lab.node(name) {
-            Ok(node) => quoted(node.bpf_root()),
-            Err(_) => String::from("''"),
-        };
         let group = quoted(member.cgroup());
-        writeln!(cases, "{name}) group={group} pins={pins} ;;")?;
+        write!(cases, "{name}) group={group}")?;
+        if let Ok(node) = lab.node(name) {
+            let [pins, root] = [node.bpf_root(), node.cgroup_root()].map(quoted);
+            write!(cases, "; export KPROXY_BPF_ROOT={pins} KPROXY_CGROUP_ROOT={root}")?;
+        }
+        cases.push_str(" ;;\n");
     }
     let rc = lab.folder().join("bashrc");
     fs::write(&rc, "PS1=\"$LAB_MEMBER# \"\n").with_context(|| format!("cannot write {}", rc.display()))?;
@@ -91,8 +92,7 @@ fn enter_script(cluster: &Cluster, init: u32) -> Result<String> {
          esac\n\
          echo $$ > \"$group/cgroup.procs\" || exit 1\n\
          [ $# -gt 0 ] || set -- bash --rcfile {rc} -i\n\
-         LAB_MEMBER=$member KPROXY_BPF_ROOT=$pins PATH={programs}:$PATH\n\
-         export LAB_MEMBER KPROXY_BPF_ROOT PATH\n\
+         export LAB_MEMBER=$member PATH={programs}:$PATH\n\
          exec nsenter --target {init} --mount --pid nsenter --net=/run/netns/$member \"$@\"\n",
         rc = quoted(&rc),
         programs = quoted(programs),

@@ -1,6 +1,7 @@
 use super::*;
 
-const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  clusterIP: 10.96.0.1\n";
+const SERVICE: &str =
+    "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  clusterIP: 10.96.0.1\n";
 
 fn yaml_file(text: &str) -> Parsed {
     let mut all = Parsed::default();
@@ -39,7 +40,8 @@ fn documents_are_split_where_yaml_says() {
         ("a: |\n  ---\n  b\n", vec![(1, "a: |\n  ---\n  b\n")]),
         ("---a: 1\n", vec![(1, "---a: 1\n")]),
     ] {
-        let documents: Vec<_> = split_yaml(text).iter().map(|document| (document.line, document.text)).collect();
+        let documents: Vec<_> =
+            split_yaml(text).iter().map(|document| (document.line, document.text)).collect();
         assert_eq!(documents, expected, "{text:?}");
     }
 }
@@ -55,7 +57,8 @@ fn all_kinds_are_read_and_other_nodes_are_not() {
          {apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: kubernetes}}\n",
     );
     assert_eq!(parsed.flaws, []);
-    let expected = ["Service default/web", "EndpointSlice shop/web-1", "Node node-a", "ServiceCIDR kubernetes"];
+    let expected =
+        ["Service default/web", "EndpointSlice shop/web-1", "Node node-a", "ServiceCIDR kubernetes"];
     assert_eq!(names(&parsed), expected);
 }
 
@@ -68,7 +71,8 @@ fn a_list_is_its_items_whether_they_say_what_they_are_or_not() {
     assert_eq!(names(&parsed), ["Service default/a"]);
     assert_eq!(flaw(&parsed), (ProblemKind::UnknownKind, "kind Deployment (apps/v1) is skipped"));
 
-    let typed = r#"{"kind":"ServiceList","apiVersion":"v1","items":[{"metadata":{"name":"a","namespace":"n"}}]}"#;
+    let typed =
+        r#"{"kind":"ServiceList","apiVersion":"v1","items":[{"metadata":{"name":"a","namespace":"n"}}]}"#;
     for parsed in [parse_json(typed, ""), yaml_file(typed)] {
         assert_eq!((names(&parsed), parsed.flaws), (vec!["Service n/a".to_owned()], vec![]));
     }
@@ -87,7 +91,11 @@ fn the_items_of_a_list_are_documents_of_their_own() {
         assert_eq!(begins, [3, 8], "{text}");
         let parsed = yaml_file(&text);
         assert_eq!(names(&parsed), ["Service default/a"]);
-        assert!(flaw(&parsed).1.starts_with(&format!("line 13, column {}", indent.len() + 13)), "{:?}", parsed.flaws);
+        assert!(
+            flaw(&parsed).1.starts_with(&format!("line 13, column {}", indent.len() + 13)),
+            "{:?}",
+            parsed.flaws
+        );
     }
     for whole in [
         "apiVersion: v1\nkind: List\nitems: []\n",
@@ -102,7 +110,8 @@ fn the_items_of_a_list_are_documents_of_their_own() {
 
 #[test]
 fn a_broken_document_is_named_with_its_line_and_the_others_are_read() {
-    let parsed = yaml_file(&format!("{SERVICE}---\napiVersion: v1\nkind: Service\nmetadata: [\n---\n{SERVICE}"));
+    let parsed =
+        yaml_file(&format!("{SERVICE}---\napiVersion: v1\nkind: Service\nmetadata: [\n---\n{SERVICE}"));
     assert_eq!(parsed.objects.len(), 2);
     let (kind, what) = flaw(&parsed);
     assert_eq!(kind, ProblemKind::Syntax);
@@ -121,16 +130,29 @@ fn a_value_that_does_not_fit_its_field_is_named_with_its_line() {
     );
     let (_, what) = flaw(&parsed);
     assert!(what.starts_with("line 6, column "), "{what}");
-    let parsed = yaml_file("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  ports:\n  - port: http\n");
+    let parsed =
+        yaml_file("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  ports:\n  - port: http\n");
     assert!(flaw(&parsed).1.starts_with("line 6, column "), "{:?}", parsed.flaws);
 }
 
 #[test]
 fn what_is_no_object_is_named() {
     for (text, kind, what) in [
-        ("just words\n", ProblemKind::InvalidObject, "line 1: this is no Kubernetes object: apiVersion or kind is missing"),
-        ("kind: Service\n", ProblemKind::InvalidObject, "line 1: this is no Kubernetes object: apiVersion or kind is missing"),
-        ("apiVersion: v1\nkind: Service\n", ProblemKind::InvalidObject, "the Service on line 1 has no metadata.name"),
+        (
+            "just words\n",
+            ProblemKind::InvalidObject,
+            "line 1: this is no Kubernetes object: apiVersion or kind is missing",
+        ),
+        (
+            "kind: Service\n",
+            ProblemKind::InvalidObject,
+            "line 1: this is no Kubernetes object: apiVersion or kind is missing",
+        ),
+        (
+            "apiVersion: v1\nkind: Service\n",
+            ProblemKind::InvalidObject,
+            "the Service on line 1 has no metadata.name",
+        ),
         ("apiVersion: v1\nkind: Endpoints\n", ProblemKind::UnknownKind, "kind Endpoints (v1) is skipped"),
         (
             // Knative's Service is another kind with the same name.
@@ -156,7 +178,8 @@ fn json_may_hold_several_values_and_what_stands_before_an_error_counts() {
     assert_eq!(names(&parsed), ["Service default/a"]);
     let (kind, what) = flaw(&parsed);
     assert!(kind == ProblemKind::Syntax && what.contains("line 2 column"), "{what}");
-    let parsed = parse_json(r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"ports":3}}"#, "");
+    let parsed =
+        parse_json(r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"ports":3}}"#, "");
     let (kind, what) = flaw(&parsed);
     assert!(kind == ProblemKind::InvalidObject && what.starts_with("the Service a: "), "{what}");
 }
@@ -170,9 +193,8 @@ fn aliases_do_not_blow_up() {
     }
     assert_eq!(flaw(&yaml_file(&text)).0, ProblemKind::Syntax);
     // A few are nobody's harm.
-    let parsed = yaml_file(
-        "apiVersion: v1\nkind: Service\nmetadata:\n  name: &name web\n  labels: {app: *name}\n",
-    );
+    let parsed =
+        yaml_file("apiVersion: v1\nkind: Service\nmetadata:\n  name: &name web\n  labels: {app: *name}\n");
     assert_eq!((names(&parsed), parsed.flaws), (vec!["Service default/web".to_owned()], vec![]));
 }
 
@@ -198,7 +220,9 @@ fn the_same_text_has_the_same_number_and_an_equal_item_of_a_list_too() {
     let one = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a","uid":"u"}}"#;
     let same = r#"{"kind":"Service","metadata":{"uid":"u","name":"a"},"apiVersion":"v1"}"#;
     let other = r#"{"kind":"Service","metadata":{"uid":"v","name":"a"},"apiVersion":"v1"}"#;
-    let [first, second, third] = hashes(&list(&format!("{one},{same},{other}")))[..] else { panic!("three items") };
+    let [first, second, third] = hashes(&list(&format!("{one},{same},{other}")))[..] else {
+        panic!("three items")
+    };
     assert_eq!(first, second);
     assert_ne!(first, third);
     let no_list = format!(r#"{{"items":[{one}],"apiVersion":"v1","kind":"ConfigMap"}}"#);

@@ -80,12 +80,55 @@ list:
 #[test]
 fn what_is_not_plain_is_left_to_the_parser() {
     for text in [
-        "", "a\n", "a: b: c\n", "a:b\n", "a: [1]\n", "a: {b: c}\n", "a: &x b\n", "a: *x\n", "a: !!str b\n", "a: >\n  b\n",
-        "a: |-\n  b\n", "a: |\n\n  b\n", "a: |\n  b\n\n", "a: |\n  b", "a: |\n", "a: b\n  c\n", "a: \"b\n  c\"\n", "a: b # c\n",
-        "a: b\na: c\n", "a: yes\n", "No: b\n", "1: b\n", "a: 1.5\n", "a: 0x10\n", "a: 012\n", "a: 1e3\n", "a: 1_000\n",
-        "a: 190:20:30\n", "a: ~\n", "a: .inf\n", "a: b:\n", "a: \"b\\n\"\n", "a: 'b''c'\n", "a: \u{e9}\n", "\ta: b\n", " a: b\nc: d\n",
-        "a: b\r\n", "a:\n    b: c\n  d: e\n", "- - a\n", "-\n  a: b\n", "-   a: b\n", "a:\n- b\n - c\n", "? a\n: b\n", "<<: a\n",
-        "a: b\n---\nc: d\n", "a: @b\n", "a: `b\n", "a: %b\n", "a: 99999999999999999999\n",
+        "",
+        "a\n",
+        "a: b: c\n",
+        "a:b\n",
+        "a: [1]\n",
+        "a: {b: c}\n",
+        "a: &x b\n",
+        "a: *x\n",
+        "a: !!str b\n",
+        "a: >\n  b\n",
+        "a: |-\n  b\n",
+        "a: |\n\n  b\n",
+        "a: |\n  b\n\n",
+        "a: |\n  b",
+        "a: |\n",
+        "a: b\n  c\n",
+        "a: \"b\n  c\"\n",
+        "a: b # c\n",
+        "a: b\na: c\n",
+        "a: yes\n",
+        "No: b\n",
+        "1: b\n",
+        "a: 1.5\n",
+        "a: 0x10\n",
+        "a: 012\n",
+        "a: 1e3\n",
+        "a: 1_000\n",
+        "a: 190:20:30\n",
+        "a: ~\n",
+        "a: .inf\n",
+        "a: b:\n",
+        "a: \"b\\n\"\n",
+        "a: 'b''c'\n",
+        "a: \u{e9}\n",
+        "\ta: b\n",
+        " a: b\nc: d\n",
+        "a: b\r\n",
+        "a:\n    b: c\n  d: e\n",
+        "- - a\n",
+        "-\n  a: b\n",
+        "-   a: b\n",
+        "a:\n- b\n - c\n",
+        "? a\n: b\n",
+        "<<: a\n",
+        "a: b\n---\nc: d\n",
+        "a: @b\n",
+        "a: `b\n",
+        "a: %b\n",
+        "a: 99999999999999999999\n",
     ] {
         assert_eq!(to_json(text), None, "{text:?}");
     }
@@ -119,14 +162,23 @@ fn tree(plain: u32) -> impl Strategy<Value = String> {
                 entries
                     .iter()
                     .map(|(key, (value, by, comment))| match value.lines().count() {
-                        2.. if value.starts_with('|') => format!("{comment}{key}: {}", indent(value, by + 1).trim_start()),
-                        0 | 1 if !value.contains(": ") && !value.starts_with("- ") => format!("{comment}{key}: {value}"),
+                        2.. if value.starts_with('|') => {
+                            format!("{comment}{key}: {}", indent(value, by + 1).trim_start())
+                        }
+                        0 | 1 if !value.contains(": ") && !value.starts_with("- ") => {
+                            format!("{comment}{key}: {value}")
+                        }
                         _ => format!("{comment}{key}:\n{}", indent(value, *by)),
                     })
                     .collect::<String>()
             }),
             prop::collection::vec(entry, 1..5).prop_map(move |entries| {
-                entries.iter().map(|(value, _, comment)| format!("{comment}- {}", indent(value, 2).trim_start_matches(' '))).collect::<String>()
+                entries
+                    .iter()
+                    .map(|(value, _, comment)| {
+                        format!("{comment}- {}", indent(value, 2).trim_start_matches(' '))
+                    })
+                    .collect::<String>()
             }),
         ]
     })
