@@ -16,7 +16,7 @@ use crate::{count::count_reason, kernel::Kernel};
 
 /// Leave the packet to the next program, and to the stack after the last.
 const NEXT: i32 = TC_ACT_UNSPEC;
-const DROP: i32 = TC_ACT_SHOT as i32;
+const DROP: i32 = TC_ACT_SHOT;
 
 const ETHERNET_HEADER: u32 = 14;
 const IPV4_HEADER: u32 = 20;

@@ -104,8 +104,8 @@ trait Call {
         // SAFETY: the helper takes the program's own context.
         let netns_cookie = unsafe { bpf_get_netns_cookie(self.ctx().as_ptr()) };
         let is_host = match Kernel.config() {
-            // SAFETY: as above. Without a context the helper tells the initial namespace's cookie.
             Some(config) if config.host_netns_cookie == 0 => {
+                // SAFETY: without a context the helper tells the initial namespace's cookie.
                 netns_cookie == unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
             }
             Some(config) => netns_cookie == config.host_netns_cookie,
@@ -126,7 +126,7 @@ trait Call {
 
     /// The records of this socket, if it has any.
     #[inline(always)]
-    fn records(&self) -> Option<&mut SocketRecords> {
+    fn records(&self) -> Option<&'static mut SocketRecords> {
         // SAFETY: the pointer is null or valid for the program's run. Another CPU may use the same socket at the
         // same time; records are words that are verified before they are used.
         unsafe { maps::SOCKET.get_ptr_mut(self.ctx()).as_mut() }
@@ -134,7 +134,7 @@ trait Call {
 
     /// The records of this socket, made if need be.
     #[inline(always)]
-    fn records_or_new(&self) -> Option<&mut SocketRecords> {
+    fn records_or_new(&self) -> Option<&'static mut SocketRecords> {
         // SAFETY: as for `records`.
         unsafe { maps::SOCKET.get_or_insert_ptr_mut(self.ctx(), None).as_mut() }
     }

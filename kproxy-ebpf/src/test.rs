@@ -3,6 +3,10 @@
 #![no_main]
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "an atomic add has no stable form on this target")]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key that is passed by value is copied to the stack, which has no room for it"
+)]
 
 mod kernel;
 #[expect(dead_code, reason = "the maps are those of the programs, of which these here use some")]
@@ -65,7 +69,7 @@ pub fn decide(_ctx: TcContext) -> i32 {
         // SAFETY: the pointer is to the map's element, valid for the program's run.
         unsafe { *answer = decided };
     }
-    TC_ACT_OK as i32
+    TC_ACT_OK
 }
 
 /// Asks for one of 64 frontends, `10.96.0.<i>:80`, whose backends all have the port `1000 + i` and addresses
@@ -101,7 +105,7 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
         // SAFETY: the element is this CPU's, and the pointer valid for the program's run.
         unsafe { *count += 1 };
     }
-    TC_ACT_OK as i32
+    TC_ACT_OK
 }
 
 #[inline(always)]

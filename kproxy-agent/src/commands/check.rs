@@ -99,7 +99,7 @@ fn privileges() -> Finding {
     let has = |bit: u32| effective & (1 << bit) != 0;
     let missing: Vec<&str> = CAPABILITIES
         .into_iter()
-        .filter(|(name, bit)| !has(*bit) && !(*name == "CAP_BPF" && has(CAP_SYS_ADMIN)))
+        .filter(|(name, bit)| !(has(*bit) || *name == "CAP_BPF" && has(CAP_SYS_ADMIN)))
         .map(|(name, _)| name)
         .collect();
     if missing.is_empty() {

@@ -111,7 +111,7 @@ fn the_difference_by_object_is_sent() {
     folder.write("a.yaml", &(service("one", "10.96.0.1") + &service("two", "10.96.0.2")));
     folder.write("b.yaml", &service("three", "10.96.0.3"));
     folder.write("notes.txt", "no manifest");
-    let mut stepped = Stepped::new(&[folder.0.clone()]);
+    let mut stepped = Stepped::new(std::slice::from_ref(&folder.0));
     assert_eq!(stepped.received.names(), ["one", "three", "two"]);
     assert!(stepped.received.synced);
 
@@ -133,7 +133,7 @@ fn the_difference_by_object_is_sent() {
 fn an_object_that_moves_to_another_file_stays() {
     let folder = Folder::new();
     folder.write("a.yaml", &(service("one", "10.96.0.1") + &service("two", "10.96.0.2")));
-    let mut stepped = Stepped::new(&[folder.0.clone()]);
+    let mut stepped = Stepped::new(std::slice::from_ref(&folder.0));
     folder.write("a.yaml", &service("one", "10.96.0.1"));
     folder.write("b.yaml", &service("two", "10.96.0.2"));
     stepped.scan();
@@ -147,7 +147,7 @@ fn of_an_object_in_two_files_the_last_counts_and_both_are_named() {
     let folder = Folder::new();
     folder.write("a.yaml", &service("web", "10.96.0.1"));
     folder.write("b.yaml", &service("web", "10.96.0.2"));
-    let mut stepped = Stepped::new(&[folder.0.clone()]);
+    let mut stepped = Stepped::new(std::slice::from_ref(&folder.0));
     assert_eq!(stepped.received.services["web"], "10.96.0.2");
     let problem = stepped.received.problems.iter().next().expect("it is said").clone();
     assert!(problem.place.ends_with("b.yaml") && problem.what.contains("a.yaml"), "{problem:?}");
@@ -171,7 +171,7 @@ fn of_an_object_in_two_files_the_last_counts_and_both_are_named() {
 fn a_file_that_breaks_keeps_what_it_had() {
     let folder = Folder::new();
     folder.write("a.yaml", &(service("one", "10.96.0.1") + &service("two", "10.96.0.2")));
-    let mut stepped = Stepped::new(&[folder.0.clone()]);
+    let mut stepped = Stepped::new(std::slice::from_ref(&folder.0));
     let broken = "apiVersion: v1\nkind: Service\nmetadata: {name: two\n---\n".to_owned();
     folder.write("a.yaml", &(broken + &service("three", "10.96.0.3")));
     stepped.scan();
@@ -210,11 +210,11 @@ fn bad_files_are_named_and_the_rest_is_served() {
     nix::unistd::mkfifo(&folder.path("i-fifo.yaml"), nix::sys::stat::Mode::S_IRWXU)
         .expect("a FIFO can be made");
     symlink("nowhere.yaml", folder.path("j-dangling.yaml")).expect("a link can be made");
-    fs::set_permissions(folder.path("g-locked.yaml"), fs::Permissions::from_mode(0)).expect("chmod");
+    fs::set_permissions(folder.path("g-locked.yaml"), fs::Permissions::from_mode(0o0)).expect("chmod");
     // The superuser reads it all the same.
     let locked = fs::read(folder.path("g-locked.yaml")).is_err();
 
-    let stepped = Stepped::new(&[folder.0.clone()]);
+    let stepped = Stepped::new(std::slice::from_ref(&folder.0));
     assert!(stepped.received.synced && stepped.received.services.contains_key("one"));
     let expected = [
         (ProblemKind::UnknownKind, 1),
@@ -251,7 +251,7 @@ fn most_objects_are_only_deleted_after_a_second_look() {
     let all: String = (0..30).map(|n| service(&format!("s{n:02}"), "10.96.0.1")).collect();
     folder.write("a.yaml", &all);
     folder.write("b.yaml", &service("other", "10.96.0.2"));
-    let mut stepped = Stepped::new(&[folder.0.clone()]);
+    let mut stepped = Stepped::new(std::slice::from_ref(&folder.0));
     fs::remove_file(folder.path("a.yaml")).expect("a.yaml can be removed");
     stepped.scan();
     assert!(stepped.reader.doubts());
@@ -280,7 +280,7 @@ fn links_are_followed_and_circles_are_not() {
     elsewhere.write("target", &service("two", "10.96.0.2"));
     symlink("..", folder.path("sub/up")).expect("a link can be made");
     symlink(elsewhere.path("target"), folder.path("b.yaml")).expect("a link can be made");
-    let stepped = Stepped::new(&[folder.0.clone()]);
+    let stepped = Stepped::new(std::slice::from_ref(&folder.0));
     assert_eq!(stepped.received.names(), ["one", "two"]);
     let target = elsewhere.path("target").canonicalize().expect("it is there");
     assert_eq!(stepped.reader.links(), &BTreeSet::from([target]));
