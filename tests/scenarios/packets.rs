@@ -14,6 +14,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::packets_reach_local_backends_routed", |ctx| outside(ctx, Cni::RoutedVeth)),
     ("kproxy::packets_reach_local_backends_bridge", |ctx| outside(ctx, Cni::Bridge)),
     ("kproxy::packets_reach_local_backends_vxlan", |ctx| outside(ctx, Cni::Vxlan)),
+    ("kproxy::packets_reach_remote_backends_routed", |ctx| masked(ctx, Cni::RoutedVeth)),
+    ("kproxy::packets_reach_remote_backends_vxlan", |ctx| masked(ctx, Cni::Vxlan)),
 ];
 
 const NODE_PORT: u16 = 30_080;
@@ -121,6 +123,46 @@ fn outside(ctx: &Context, cni: Cni) -> Result<()> {
     });
     steps.step("flows are retired", || flows_end(&client, lab.node("node-a")?));
     steps.done()
+}
+
+/// Under policy Cluster a node sends outside clients to backends on other nodes too, hidden behind an address of
+/// its own, so that the answers come back its way.
+fn masked(ctx: &Context, cni: Cni) -> Result<()> {
+    let lab = lab(ctx, cni)?;
+    let web =
+        Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(NODE_PORT).pods(&[lab.pod("b1")?]);
+    let cluster = Cluster::start(lab, &["node-a", "node-b", "node-c"], &[], [&web])?;
+    let _servers = cluster.servers(&["b1"])?;
+    let lab = &cluster.lab;
+    let mut client = Client::at(lab.host("client")?)?;
+    let own = client.addresses.clone();
+    let mut steps = Steps::new();
+    for (name, is_masked) in [("node-a", true), ("node-b", false), ("node-c", true)] {
+        let node = lab.node(name)?;
+        // With an overlay, the mask is the overlay's address, which is not among these.
+        client.addresses = match (is_masked, cni) {
+            (false, _) => own.clone(),
+            (true, Cni::Vxlan) => addresses_of(node)?,
+            (true, _) => Family::BOTH.map(|family| node.ip(family)).into_iter().collect(),
+        };
+        for family in Family::BOTH {
+            let to = SocketAddr::new(node.ip(family), NODE_PORT);
+            for transport in Transport::ALL {
+                steps.step(&format!("{name}, {family:?}, {transport:?}"), || {
+                    client.reaches(transport, to, &["b1"])
+                });
+            }
+            steps.step(&format!("{name}, {family:?}, 5 MB down and 50 MB up"), || transfer(&client, to));
+        }
+    }
+    steps.done()
+}
+
+/// All addresses on a node's interfaces.
+fn addresses_of(node: &Node) -> Result<std::collections::BTreeSet<IpAddr>> {
+    let text = node.run(&["ip", "-o", "addr", "show"])?.success()?;
+    let words = text.split_whitespace();
+    Ok(words.filter_map(|word| word.split('/').next()?.parse().ok()).collect())
 }
 
 fn transfer(client: &Client, to: SocketAddr) -> Result<()> {

@@ -5,6 +5,7 @@
 //! a proxy that needed a service address to learn about service addresses could never start on a fresh node.
 
 mod backoff;
+mod kinds;
 mod servers;
 mod trouble;
 mod watch;

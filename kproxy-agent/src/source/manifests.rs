@@ -8,10 +8,12 @@
 mod documents;
 mod files;
 mod holdings;
+mod json;
 mod parallel;
 mod pending;
 mod plain;
 mod reader;
+mod reading;
 mod said;
 mod watches;
 

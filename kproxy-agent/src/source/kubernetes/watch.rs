@@ -5,27 +5,23 @@
 //! objects are given up.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt, Stream, StreamExt};
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
-use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Report;
 use super::backoff::{Backoff, random_fraction};
+use super::kinds::Watched;
 use super::servers::{Attempt, Servers};
 use super::trouble::{Meaning, Resource, WatchError};
 use crate::model::Change;
-use crate::source::object::{Kind, Object, ObjectKey};
+use crate::source::object::{Kind, ObjectKey};
 use crate::source::problem::{ProblemKind, SourceProblem};
 use crate::source::shrink;
 
@@ -37,55 +33,6 @@ const BATCH: usize = 512;
 
 /// The annotation of the bookmark that ends a streaming list (KEP-3157).
 const LIST_END: &str = "k8s.io/initial-events-end";
-
-/// A kind of object that is watched.
-pub(super) trait Watched:
-    kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
-{
-    const KIND: Kind;
-    const RESOURCE: Resource;
-    /// Whether kproxy works without it.
-    const OPTIONAL: bool = false;
-
-    fn object(self) -> Object;
-}
-
-impl Watched for Service {
-    const KIND: Kind = Kind::Service;
-    const RESOURCE: Resource = Resource { group: "", plural: "services" };
-
-    fn object(self) -> Object {
-        Object::Service(Box::new(self))
-    }
-}
-
-impl Watched for EndpointSlice {
-    const KIND: Kind = Kind::EndpointSlice;
-    const RESOURCE: Resource = Resource { group: "discovery.k8s.io", plural: "endpointslices" };
-
-    fn object(self) -> Object {
-        Object::EndpointSlice(Box::new(self))
-    }
-}
-
-impl Watched for Node {
-    const KIND: Kind = Kind::Node;
-    const RESOURCE: Resource = Resource { group: "", plural: "nodes" };
-
-    fn object(self) -> Object {
-        Object::Node(Box::new(self))
-    }
-}
-
-impl Watched for ServiceCIDR {
-    const KIND: Kind = Kind::ServiceCidr;
-    const RESOURCE: Resource = Resource { group: "networking.k8s.io", plural: "servicecidrs" };
-    const OPTIONAL: bool = true;
-
-    fn object(self) -> Object {
-        Object::ServiceCidr(Box::new(self))
-    }
-}
 
 /// Which objects of the kind.
 #[derive(Clone, Default, Debug)]

@@ -5,18 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::documents::{self, Document, Flaw, Parsed};
+use super::documents::{Flaw, Parsed};
 use super::files::{self, ReadError, Scan, Stamp};
 use super::holdings::Holdings;
 use super::parallel;
+use super::reading::{self, Content, DocumentRead, FileRead, KnownDocuments, Language};
 use super::said::{About, Said};
 use crate::source::Event;
 use crate::source::object::ObjectKey;
 use crate::source::problem::{ProblemKind, SourceProblem};
 use crate::source::shrink;
-
-/// Files with more text than this are parsed by several threads, in pieces of this size.
-const PIECE_BYTES: usize = 512 << 10;
 
 /// How many names a sentence lists.
 const NAMES_LISTED: usize = 3;
@@ -58,28 +56,6 @@ struct FileState {
     documents: Arc<KnownDocuments>,
     /// All objects that are served from this file, also those of a document that is broken now.
     keys: HashSet<Arc<ObjectKey>>,
-}
-
-type KnownDocuments = HashMap<u64, Vec<(Arc<ObjectKey>, u64)>>;
-
-/// A file as one thread read it.
-struct FileRead {
-    path: Arc<Path>,
-    content: Result<(Stamp, Content), ReadError>,
-}
-
-enum Content {
-    Documents(Vec<DocumentRead>),
-    /// Nothing at all, not even a comment.
-    Empty,
-    /// Too long for one thread.
-    Long(String),
-}
-
-/// One document: its text's number and what it holds; `None` if that is known.
-struct DocumentRead {
-    hash: u64,
-    parsed: Option<Parsed>,
 }
 
 /// A file that is being applied, document by document.
@@ -192,7 +168,7 @@ impl Reader {
         let mut long = Vec::new();
         parallel::in_order(
             jobs,
-            |(path, known)| read_file(path, &known, &node_name),
+            |(path, known)| reading::file(path, &known, &node_name),
             |FileRead { path, content }| match content {
                 Err(ReadError::Gone) => self.remove_file(&path, touched, emit),
                 Err(ReadError::Flaw(flaw)) => {
@@ -223,8 +199,8 @@ impl Reader {
             let mut pass = self.begin(path, Some(stamp));
             let known = pass.old.documents.clone();
             parallel::in_order(
-                pieces(language.split(&text)),
-                |piece| read_documents(language, piece, &known, &node_name),
+                reading::pieces(language.split(&text)),
+                |piece| reading::documents(language, piece, &known, &node_name),
                 |documents| {
                     documents.into_iter().for_each(|document| self.apply(&mut pass, document, touched, emit))
                 },
@@ -409,76 +385,6 @@ impl Pass {
             self.repeated.insert(key.clone());
         }
     }
-}
-
-/// Reads a file, on any thread.
-fn read_file(path: Arc<Path>, known: &KnownDocuments, node_name: &str) -> FileRead {
-    let language = Language::of(&path);
-    let content = files::read(&path).map(|(stamp, text)| {
-        let content = if text.len() > PIECE_BYTES {
-            Content::Long(text)
-        } else if text.trim().is_empty() {
-            Content::Empty
-        } else {
-            Content::Documents(read_documents(language, language.split(&text), known, node_name))
-        };
-        (stamp, content)
-    });
-    FileRead { path, content }
-}
-
-/// How the text of a file is to be read.
-#[derive(Clone, Copy)]
-enum Language {
-    Json,
-    Yaml,
-}
-
-impl Language {
-    fn of(path: &Path) -> Self {
-        if files::is_json(path) { Language::Json } else { Language::Yaml }
-    }
-
-    fn split(self, text: &str) -> Vec<Document<'_>> {
-        match self {
-            Language::Json => vec![Document { line: 1, text, is_item: false }],
-            Language::Yaml => documents::split_yaml(text),
-        }
-    }
-}
-
-fn read_documents(
-    language: Language,
-    documents: Vec<Document<'_>>,
-    known: &KnownDocuments,
-    node_name: &str,
-) -> Vec<DocumentRead> {
-    let read = |document: Document<'_>| {
-        let hash = document.hash();
-        let parsed = (!known.contains_key(&hash)).then(|| match language {
-            Language::Json => documents::parse_json(document.text, node_name),
-            Language::Yaml => documents::parse_yaml(document, node_name),
-        });
-        DocumentRead { hash, parsed }
-    };
-    documents.into_iter().map(read).collect()
-}
-
-/// Groups documents into pieces of about the same size.
-fn pieces(documents: Vec<Document<'_>>) -> Vec<Vec<Document<'_>>> {
-    let mut pieces = vec![Vec::new()];
-    let mut size = 0;
-    for document in documents {
-        if size > PIECE_BYTES {
-            pieces.push(Vec::new());
-            size = 0;
-        }
-        size += document.text.len();
-        if let Some(piece) = pieces.last_mut() {
-            piece.push(document);
-        }
-    }
-    pieces
 }
 
 /// Whether an object of the file may be hidden by such a flaw. A file that was emptied is one whose text got

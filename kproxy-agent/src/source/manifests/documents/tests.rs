@@ -1,3 +1,4 @@
+use super::super::json::parse as parse_json;
 use super::*;
 
 const SERVICE: &str =
