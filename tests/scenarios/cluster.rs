@@ -309,13 +309,23 @@ impl From<WorkerError> for Asked {
 /// Asks an echo server once, on a new socket. What the client sees of the other side (getpeername,
 /// recvmsg) must be the address that it asked, and the server must see the client's own port.
 pub fn ask(worker: &Worker, transport: Transport, to: SocketAddr) -> Result<Answer, Asked> {
+    let (answer, local) = ask_from(worker, transport, to)?;
+    same_port(answer, local)
+}
+
+/// As [`ask`], whatever port the server sees; with the socket's own address.
+pub fn ask_from(
+    worker: &Worker,
+    transport: Transport,
+    to: SocketAddr,
+) -> Result<(Answer, SocketAddr), Asked> {
     if transport == Transport::Tcp {
         let socket = worker.tcp_connect(to)?;
         let answer = worker.tcp_ask(socket.id, "hello");
         let peer = worker.getpeername(socket.id);
         worker.close(socket.id)?;
         shown("getpeername", to, peer?)?;
-        return same_port(answer?, socket.local);
+        return Ok((answer?, socket.local));
     }
     let socket = worker.udp_socket(family_of(to))?;
     let result = (|| {
@@ -330,7 +340,7 @@ pub fn ask(worker: &Worker, transport: Transport, to: SocketAddr) -> Result<Answ
         shown("recvfrom", to, datagram.from)?;
         let answer = serde_json::from_str(&datagram.data)
             .map_err(|_| Asked::Shown(format!("no echo server answers like this: {:?}", datagram.data)))?;
-        same_port(answer, worker.names(socket.id)?.local)
+        Ok((answer, worker.names(socket.id)?.local))
     })();
     worker.close(socket.id)?;
     result

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{Cni, Context, ElbSpec, Family, Lab, Node, NodeSpec};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually, family_of, frontend};
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask_from, eventually, family_of, frontend};
 use crate::dumps;
 use crate::objects::Service;
 
@@ -20,6 +20,9 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const NODE_PORT: u16 = 30_080;
 const MEGABYTE: u64 = 1_000_000;
+
+/// Where the agent's reserved range begins.
+const MASK_PORTS_FIRST: u16 = 61_000;
 
 /// Backends on two nodes, none on the third. The nodes filter strictly by reverse path, and drop
 /// what conntrack finds invalid. The client sends what is for the load balancer's address to node-a.
@@ -134,25 +137,32 @@ fn masked(ctx: &Context, cni: Cni) -> Result<()> {
     let cluster = Cluster::start(lab, &["node-a", "node-b", "node-c"], &[], [&web])?;
     let _servers = cluster.servers(&["b1"])?;
     let lab = &cluster.lab;
-    let mut client = Client::at(lab.host("client")?)?;
-    let own = client.addresses.clone();
+    let client = Client::at(lab.host("client")?)?;
     let mut steps = Steps::new();
-    for (name, is_masked) in [("node-a", true), ("node-b", false), ("node-c", true)] {
+    for name in ["node-a", "node-c"] {
         let node = lab.node(name)?;
-        // With an overlay, the mask is the overlay's address, which is not among these.
-        client.addresses = match (is_masked, cni) {
-            (false, _) => own.clone(),
-            (true, Cni::Vxlan) => addresses_of(node)?,
-            (true, _) => Family::BOTH.map(|family| node.ip(family)).into_iter().collect(),
-        };
+        // By an overlay the packet leaves with the overlay's own address.
+        let masks = addresses_of(node)?;
         for family in Family::BOTH {
             let to = SocketAddr::new(node.ip(family), NODE_PORT);
             for transport in Transport::ALL {
                 steps.step(&format!("{name}, {family:?}, {transport:?}"), || {
-                    client.reaches(transport, to, &["b1"])
+                    let (answer, _) = ask_from(&client.worker, transport, to)?;
+                    ensure!(answer.server == "b1", "answered by {answer:?}");
+                    ensure!(masks.contains(&answer.client.ip()), "seen as {answer:?}");
+                    ensure!(answer.client.port() >= MASK_PORTS_FIRST, "seen as {answer:?}");
+                    Ok(())
                 });
             }
             steps.step(&format!("{name}, {family:?}, 5 MB down and 50 MB up"), || transfer(&client, to));
+        }
+    }
+    for family in Family::BOTH {
+        let to = SocketAddr::new(lab.node("node-b")?.ip(family), NODE_PORT);
+        for transport in Transport::ALL {
+            steps.step(&format!("node-b, {family:?}, {transport:?}: the client is not hidden"), || {
+                client.reaches(transport, to, &["b1"])
+            });
         }
     }
     steps.done()
