@@ -44,8 +44,8 @@ pub(super) struct ApiState {
     pub(super) refuse: BTreeMap<String, u16>,
     /// Streaming lists are answered with 422, as where the feature is off.
     pub(super) no_streaming: bool,
-    /// So many lists come back empty.
-    pub(super) short_lists: u32,
+    /// So many lists of a resource come back empty.
+    pub(super) short_lists: BTreeMap<String, u32>,
     /// The requests that came: path and query.
     pub(super) requests: Vec<String>,
 }
@@ -140,8 +140,8 @@ impl ApiState {
     }
 
     fn list(&mut self, resource: &str) -> Vec<Value> {
-        if self.short_lists > 0 {
-            self.short_lists -= 1;
+        if let Some(left) = self.short_lists.get_mut(resource).filter(|left| **left > 0) {
+            *left -= 1;
             return Vec::new();
         }
         let of = self.objects.iter().filter(|((of, ..), _)| of == resource);

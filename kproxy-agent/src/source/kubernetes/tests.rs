@@ -214,7 +214,7 @@ async fn a_short_list_is_confirmed_before_anything_is_deleted() {
     client.until("the first lists", |client| client.synced).await;
     // One list is empty: nothing happens but a trouble that passes.
     api.compact();
-    api.state().short_lists = 1;
+    api.state().short_lists.insert("services".to_owned(), 1);
     api.end_watches();
     client.until("the doubt", |client| client.kinds() == [(ProblemKind::ShortList, 1)]).await;
     client.until("its end", |client| client.kinds().is_empty()).await;
