@@ -212,20 +212,25 @@ async fn a_short_list_is_confirmed_before_anything_is_deleted() {
     }
     let mut client = Client::of(&[url(&api)]).await;
     client.until("the first lists", |client| client.synced).await;
-    // One list is empty: nothing happens but a trouble that passes.
+    // One list is empty: nothing happens but a trouble that passes. What came while the server refused is
+    // forgotten by it, so that only a list can tell.
+    api.state().refuse.insert("services".to_owned(), 500);
+    api.end_watches();
+    client.until("the refusal", |client| client.kinds() == [(ProblemKind::ApiError, 1)]).await;
+    api.put("services", service("s30"));
     api.compact();
     api.state().short_lists.insert("services".to_owned(), 1);
-    api.end_watches();
+    api.state().refuse.clear();
     client.until("the doubt", |client| client.kinds() == [(ProblemKind::ShortList, 1)]).await;
     client.until("its end", |client| client.kinds().is_empty()).await;
-    assert_eq!(client.of_kind(Kind::Service).len(), 30);
+    assert_eq!(client.of_kind(Kind::Service).len(), 31);
 
     // Two lists agree.
     (0..25).for_each(|number| api.delete("services", &format!("s{number}")));
     api.compact();
     api.end_watches();
     client.until("the deletions", |client| client.of_kind(Kind::Service) == api.names("services")).await;
-    assert_eq!(client.of_kind(Kind::Service).len(), 5);
+    assert_eq!(client.of_kind(Kind::Service).len(), 6);
 }
 
 #[tokio::test]
