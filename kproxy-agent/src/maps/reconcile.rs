@@ -224,8 +224,13 @@ impl Reconciler {
                         None => Some(done(previous.as_ref(), now)),
                     };
                 }
-                // They are planned anew each time, as long as they are there.
-                Party::Leftovers => {}
+                // They are planned anew each time, as long as they are there: this says when there must be a next
+                // time without any other reason. What is deferred waits for a Service, which has its own.
+                Party::Leftovers => {
+                    let previous = self.status.leftovers.take();
+                    self.status.leftovers =
+                        failure.map(|failure| Status::failed(previous.as_ref(), failure, now));
+                }
             }
         }
     }

@@ -98,6 +98,8 @@ pub struct Statuses {
     /// Those that are not done: nearly always few, and asked for after every change.
     open: BTreeSet<ServiceKey>,
     pub(super) node: Option<Status>,
+    /// What an earlier agent left and nobody wants, while it could not be removed.
+    pub(super) leftovers: Option<Status>,
 }
 
 impl Statuses {
@@ -114,6 +116,11 @@ impl Statuses {
     /// The node's addresses that answer NodePorts; `None` before they were known.
     pub fn node(&self) -> Option<&Status> {
         self.node.as_ref()
+    }
+
+    /// What was found in the maps at start and nobody wants; `None` unless removing it failed.
+    pub fn leftovers(&self) -> Option<&Status> {
+        self.leftovers.as_ref()
     }
 
     /// When the next failed write should be tried again.
@@ -164,7 +171,7 @@ impl Statuses {
     }
 
     fn open_statuses(&self) -> impl Iterator<Item = &Status> {
-        self.open.iter().filter_map(|key| self.services.get(key)).chain(&self.node)
+        self.open.iter().filter_map(|key| self.services.get(key)).chain(&self.node).chain(&self.leftovers)
     }
 }
 

@@ -156,7 +156,7 @@ impl History {
                 }
             }
         }
-        if unfinished.is_empty() {
+        if unfinished.is_empty() && self.reconciler.status().leftovers().is_none() {
             let should: BTreeSet<FrontendKey> = world::frontends(&wanted).collect();
             let is: BTreeSet<FrontendKey> = self.memory.frontends().keys().copied().collect();
             assert_eq!(is, should);
@@ -199,6 +199,7 @@ impl History {
     fn all_done(&self) -> bool {
         self.reconciler.status().services().all(|(_, status)| matches!(status, Status::Done { .. }))
             && matches!(self.reconciler.status().node(), None | Some(Status::Done { .. }))
+            && self.reconciler.status().leftovers().is_none()
     }
 }
 
