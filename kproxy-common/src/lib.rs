@@ -7,6 +7,7 @@
 #![no_std]
 
 mod address;
+mod arrival;
 mod decision;
 mod flow;
 mod layout;
@@ -15,6 +16,7 @@ mod reason;
 mod socket;
 
 pub use address::{Address, Cidr};
+pub use arrival::{client_of, is_masked};
 pub use decision::{
     AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,
     resolve, search, still_serves,

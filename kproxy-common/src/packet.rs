@@ -3,7 +3,7 @@
 
 use crate::{
     Address, Backend, Choice, Client, ClientKind, Connection, Conversation, Flow, FlowKey, FlowState, Hook,
-    Options, Protocol, Reason, Resolution, Role, Tables, choose, resolve,
+    Protocol, Reason, Resolution, Role, Tables, choose, client_of, is_masked, resolve,
 };
 
 /// How often a flow's last packet is noted: a store a second instead of one a packet.
@@ -250,11 +250,7 @@ impl PacketMeta {
 
 #[inline(always)]
 fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, behind_device: ClientKind) -> PacketVerdict {
-    let kind = if matches!(behind_device, ClientKind::Outside) && in_cluster_cidr(tables, &packet.source) {
-        ClientKind::Pod
-    } else {
-        behind_device
-    };
+    let kind = client_of(tables, behind_device, &packet.source);
     let connection = packet.connection(kind);
     let balance = match resolve(tables, &connection) {
         Resolution::Pass { reason, number } => {
@@ -277,11 +273,7 @@ fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, behind_device: ClientKin
     else {
         return PacketVerdict::Drop { reason: Reason::TableError };
     };
-    // What came from another node and goes to another must come back this way, also where it is a pod's.
-    let is_detour = matches!(behind_device, ClientKind::Outside) && !backend.is_local();
-    let is_masked = is_detour
-        || balance.side.has(Options::MASQUERADE)
-        || balance.side.has(Options::MASQUERADE_REMOTE) && !backend.is_local();
+    let is_masked = is_masked(&balance.side, &backend, behind_device);
     begin(tables, packet, &backend, balance.number, slot, is_masked);
     PacketVerdict::SetDestination { address: backend.address(), port: backend.port() }
 }
@@ -437,11 +429,6 @@ fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
 #[inline(always)]
 fn in_service_cidr<T: Tables>(tables: &T, address: &Address) -> bool {
     tables.config().is_some_and(|config| any_contains(&config.service_cidrs, address))
-}
-
-#[inline(always)]
-fn in_cluster_cidr<T: Tables>(tables: &T, address: &Address) -> bool {
-    tables.config().is_some_and(|config| any_contains(&config.cluster_cidrs, address))
 }
 
 #[inline(always)]
