@@ -40,6 +40,8 @@ pub enum Command {
     Agent(Box<AgentArgs>),
     /// What is served here, read from the maps (works with the agent stopped)
     Services(ServicesArgs),
+    /// Live flows of the packet path
+    Flows(FlowsArgs),
     /// Can this node run kproxy; what is missing, and what that costs
     Check(CheckArgs),
     /// Take everything of kproxy off this node
@@ -182,6 +184,22 @@ pub struct ServicesArgs {
     /// Only Services whose namespace/name contains this
     #[arg(value_name = "FILTER")]
     pub filter: Option<String>,
+    /// How it is printed
+    #[arg(short, long, value_enum, default_value_t = OutputFormat::Table)]
+    pub output: OutputFormat,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct FlowsArgs {
+    /// Only flows of this Service
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub service: Option<String>,
+    /// Only flows of these clients: an address, an address and port, or a prefix
+    #[arg(long, value_name = "ADDRESS")]
+    pub client: Option<String>,
+    /// Only flows to these backends: an address, an address and port, or a prefix
+    #[arg(long, value_name = "ADDRESS")]
+    pub backend: Option<String>,
     /// How it is printed
     #[arg(short, long, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,

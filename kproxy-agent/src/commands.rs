@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod cleanup;
+pub mod flows;
 mod print;
 pub mod services;
 

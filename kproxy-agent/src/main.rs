@@ -19,6 +19,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Agent(args) => agent::run(&cli.common, &args),
         Command::Services(args) => commands::services::run(&cli.common, &args),
+        Command::Flows(args) => commands::flows::run(&cli.common, &args),
         Command::Check(args) => commands::check::run(&cli.common, &args),
         Command::Cleanup(args) => commands::cleanup::run(&cli.common, &args),
     };

@@ -10,6 +10,7 @@ mod control;
 mod devices;
 mod dumps;
 mod elb;
+mod flows;
 mod input;
 mod kubernetes;
 mod live;
@@ -43,6 +44,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kubernetes, control::SCENARIOS),
     (kproxy, sockets::SCENARIOS),
     (kproxy, packets::SCENARIOS),
+    (kproxy, flows::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),

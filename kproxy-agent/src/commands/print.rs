@@ -24,26 +24,45 @@ pub fn print<T: Serialize>(
 
 /// Columns as wide as their widest cell, three blanks between, none at the ends of lines.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
-    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
+    let mut columns = Columns::new(header);
+    columns.fit(rows);
+    let mut out = columns.line(header.iter().copied());
     for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut out = String::new();
-    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
-        let mut text = String::new();
-        for (width, cell) in widths.iter().zip(cells) {
-            text.push_str(&format!("{cell:<width$}   "));
-        }
-        out.push_str(text.trim_end());
-        out.push('\n');
-    };
-    line(&mut header.iter().copied());
-    for row in rows {
-        line(&mut row.iter().map(String::as_str));
+        out.push_str(&columns.line(row.iter().map(String::as_str)));
     }
     out
+}
+
+/// The widths of a table's columns, for one that is printed in parts.
+pub struct Columns {
+    widths: Vec<usize>,
+}
+
+impl Columns {
+    /// As wide as the header.
+    pub fn new(header: &[&str]) -> Self {
+        Self { widths: header.iter().map(|cell| cell.chars().count()).collect() }
+    }
+
+    /// Widens them for these rows.
+    pub fn fit(&mut self, rows: &[Vec<String>]) {
+        for row in rows {
+            for (width, cell) in self.widths.iter_mut().zip(row) {
+                *width = (*width).max(cell.chars().count());
+            }
+        }
+    }
+
+    /// A line of the table.
+    pub fn line<'a>(&self, cells: impl Iterator<Item = &'a str>) -> String {
+        let mut text = String::new();
+        for (width, cell) in self.widths.iter().zip(cells) {
+            text.push_str(&format!("{cell:<width$}   "));
+        }
+        let mut line = text.trim_end().to_owned();
+        line.push('\n');
+        line
+    }
 }
 
 #[cfg(test)]

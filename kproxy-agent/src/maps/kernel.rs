@@ -2,6 +2,7 @@
 
 mod batch;
 mod config;
+mod flows;
 mod grace;
 mod read;
 mod shape;
@@ -27,7 +28,12 @@ use super::{
 };
 use crate::plan::{Capacity, Word};
 
-pub use self::{batch::probe_batches, read::owner_text, shape::ShapeError};
+pub use self::{
+    batch::probe_batches,
+    flows::{Cursor, FlowMaps, FlowTable},
+    read::owner_text,
+    shape::ShapeError,
+};
 
 /// The maps could not be opened or read.
 #[derive(thiserror::Error, Debug)]

@@ -15,7 +15,7 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use kproxy_common::{Address, Backend, FrontendKey, Owner, ServiceInfo, SourceRangeKey};
+use kproxy_common::{Address, Backend, Flow, FlowKey, FrontendKey, Owner, ServiceInfo, SourceRangeKey};
 
 // Commands and constants of linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -39,6 +39,7 @@ pub mod kind {
     pub const HASH: u32 = 1;
     pub const ARRAY: u32 = 2;
     pub const PERCPU_ARRAY: u32 = 6;
+    pub const LRU_HASH: u32 = 9;
     pub const LPM_TRIE: u32 = 11;
     pub const ARRAY_OF_MAPS: u32 = 12;
 }
@@ -435,6 +436,10 @@ unsafe impl Plain for FrontendKey {}
 unsafe impl Plain for SourceRangeKey {}
 // SAFETY: as for `Backend`; 4 + 4 + 8 + 64 + 16 bytes.
 unsafe impl Plain for Owner {}
+// SAFETY: as for `Backend`.
+unsafe impl Plain for FlowKey {}
+// SAFETY: as for `Backend`.
+unsafe impl Plain for Flow {}
 // SAFETY: sixteen octets.
 unsafe impl Plain for Address {}
 

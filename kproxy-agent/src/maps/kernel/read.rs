@@ -209,7 +209,7 @@ fn each<T, const N: usize>(
     (0..used).map(|element| Ok(parse(&read(element)?))).collect()
 }
 
-fn info_from_bytes(bytes: &[u8; size_of::<ServiceInfo>()]) -> Option<ServiceInfo> {
+pub(super) fn info_from_bytes(bytes: &[u8; size_of::<ServiceInfo>()]) -> Option<ServiceInfo> {
     let at = offset_of!(ServiceInfo, frontend);
     let frontend = bytes[at..at + size_of::<FrontendKey>()].try_into().ok()?;
     let mut name = [0; NAME_LENGTH];
@@ -235,11 +235,11 @@ fn range_from_bytes(bytes: &[u8]) -> Option<SourceRangeKey> {
     })
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 

@@ -1,8 +1,8 @@
 //! What the maps must look like: opening a pin checks nothing.
 
 use kproxy_common::{
-    Address, AddressEntry, Backend, Config, Counters, FrontendKey, Owner, Reason, ServiceEntry, ServiceInfo,
-    SourceRangeKey, map_names,
+    Address, AddressEntry, Backend, Config, Counters, Flow, FlowKey, FrontendKey, Owner, Reason,
+    ServiceEntry, ServiceInfo, SourceRangeKey, map_names,
 };
 
 use crate::{
@@ -74,6 +74,9 @@ fn expected(map: &str) -> Option<MapAttributes> {
         map_names::BACKEND => mapped(size_of::<Backend>()),
         map_names::ADDRESS => hash(size_of::<Address>(), size_of::<AddressEntry>()),
         map_names::SOURCE_RANGE => (kind::LPM_TRIE, size_of::<SourceRangeKey>(), 4, flag::NO_PREALLOC),
+        map_names::FLOW | map_names::FLOW_TRANSIENT => {
+            (kind::LRU_HASH, size_of::<FlowKey>(), size_of::<Flow>(), 0)
+        }
         map_names::COUNTER => array(size_of::<Counters>()),
         map_names::REASON => (kind::PERCPU_ARRAY, 4, 8, 0),
         map_names::CONFIG => mapped(size_of::<Config>()),

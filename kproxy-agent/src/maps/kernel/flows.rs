@@ -1,0 +1,371 @@
+//! The tables of flows. Programs write them; the agent sweeps them, and the commands read them, both page by page:
+//! they can hold a million entries, and no one needs these at once.
+
+use std::{io, mem::offset_of, path::Path};
+
+use kproxy_common::{
+    Address, Conversation, Flow, FlowKey, FlowState, Hook, Protocol, Role, ServiceIdentity, ServiceInfo,
+    map_names,
+};
+
+use super::{
+    MapError,
+    batch::Batches,
+    read::{info_from_bytes, u32_at, u64_at},
+    shape,
+};
+use crate::maps::sys::{self, Map, Mapping, Position, bytes_of};
+
+/// Which of the two tables.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum FlowTable {
+    /// Flows whose peer has answered.
+    Established,
+    /// Flows that are being opened or closed.
+    Transient,
+}
+
+impl FlowTable {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Established, Self::Transient];
+
+    /// The map's name.
+    pub const fn map(self) -> &'static str {
+        match self {
+            Self::Established => map_names::FLOW,
+            Self::Transient => map_names::FLOW_TRANSIENT,
+        }
+    }
+
+    /// The word for it in output.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Established => "established",
+            Self::Transient => "transient",
+        }
+    }
+}
+
+/// Where reading a table goes on.
+#[derive(Clone, Debug, Default)]
+pub struct Cursor {
+    place: Place,
+}
+
+#[derive(Clone, Debug, Default)]
+enum Place {
+    #[default]
+    Start,
+    Batch(Position),
+    /// Without batches: after this key, with so many read since the start.
+    Key(Vec<u8>, u32),
+    End,
+}
+
+impl Cursor {
+    /// Whether everything was read.
+    pub fn is_at_end(&self) -> bool {
+        matches!(self.place, Place::End)
+    }
+}
+
+/// The tables of flows, and the names of the Services that they belong to.
+#[derive(Debug)]
+pub struct FlowMaps {
+    established: Map,
+    transient: Map,
+    service: Mapping,
+    service_info: Mapping,
+    numbers: u32,
+    batches: Batches,
+}
+
+impl FlowMaps {
+    /// Opens the maps that are pinned below `bpf_root`.
+    pub fn open(bpf_root: &Path) -> Result<Self, MapError> {
+        Self::from_maps(|name| {
+            let path = bpf_root.join(name);
+            Map::open(&path).map_err(|source| MapError::Open { path, source })
+        })
+    }
+
+    fn from_maps(open: impl Fn(&'static str) -> Result<Map, MapError>) -> Result<Self, MapError> {
+        let open = |name: &'static str| {
+            let map = open(name)?;
+            shape::check(name, &map.attributes())?;
+            Ok::<_, MapError>(map)
+        };
+        let (service, service_info) = (open(map_names::SERVICE)?, open(map_names::SERVICE_INFO)?);
+        let mapped = |name, map: &Map| {
+            map.map_memory().map_err(|source| MapError::Call { what: "map the memory of", map: name, source })
+        };
+        Ok(Self {
+            established: open(map_names::FLOW)?,
+            transient: open(map_names::FLOW_TRANSIENT)?,
+            numbers: service.attributes().max_entries.min(service_info.attributes().max_entries),
+            service: mapped(map_names::SERVICE, &service)?,
+            service_info: mapped(map_names::SERVICE_INFO, &service_info)?,
+            batches: Batches::default(),
+        })
+    }
+
+    /// How many entries a table has room for.
+    pub fn capacity(&self, table: FlowTable) -> u32 {
+        self.map(table).attributes().max_entries
+    }
+
+    /// About `limit` entries that follow the cursor, fewer at the end. Entries that programs add or remove
+    /// meanwhile may be missed; without the kernel's batches (before 5.6) some may come twice.
+    pub fn page(
+        &self,
+        table: FlowTable,
+        cursor: &mut Cursor,
+        limit: u32,
+    ) -> Result<Vec<(FlowKey, Flow)>, MapError> {
+        let map = self.map(table);
+        let failed = |source| MapError::Call { what: "read", map: table.map(), source };
+        let mut chunk = limit.clamp(1, self.capacity(table).max(1));
+        let from = loop {
+            let from = match &cursor.place {
+                Place::Start => None,
+                Place::Batch(position) => Some(position),
+                Place::Key(key, read) => break Some((key.clone(), *read)),
+                Place::End => return Ok(Vec::new()),
+            };
+            match map.lookup_batch(from, chunk) {
+                Ok(elements) => {
+                    let page = parse_all(&elements.keys, &elements.values);
+                    cursor.place = elements.next.map_or(Place::End, Place::Batch);
+                    return Ok(page);
+                }
+                // A bucket of the hash holds more than there is room for.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => chunk = chunk.saturating_mul(2),
+                Err(error) if from.is_none() && sys::lacks_batches(&error) => break None,
+                Err(error) => return Err(failed(error)),
+            }
+        };
+        let (mut key, mut read) = match from {
+            Some((key, read)) => (Some(key), read),
+            None => (None, 0),
+        };
+        let mut page = Vec::new();
+        for _ in 0..limit {
+            // After a key that is gone the kernel begins anew: the count keeps that from going on for ever.
+            let next = if read < self.capacity(table) {
+                map.next_key(key.as_deref()).map_err(failed)?
+            } else {
+                None
+            };
+            let Some(next) = next else {
+                cursor.place = Place::End;
+                return Ok(page);
+            };
+            if let Some(value) = map.lookup(&next).map_err(failed)? {
+                page.extend(parse(&next, &value));
+            }
+            (key, read) = (Some(next), read + 1);
+        }
+        cursor.place = key.map_or(Place::Start, |key| Place::Key(key, read));
+        Ok(page)
+    }
+
+    /// One entry.
+    pub fn get(&self, table: FlowTable, key: &FlowKey) -> Result<Option<Flow>, MapError> {
+        let failed = |source| MapError::Call { what: "read", map: table.map(), source };
+        let value = self.map(table).lookup(bytes_of(std::slice::from_ref(key))).map_err(failed)?;
+        Ok(value.and_then(|value| flow_from_bytes(&value)))
+    }
+
+    /// The entry that the flow has in this role, in whichever table.
+    pub fn entry(
+        &self,
+        whole: &Conversation,
+        role: Role,
+    ) -> Result<Option<(FlowTable, FlowKey, Flow)>, MapError> {
+        let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+        whole.write_entry(role, &mut key, &mut flow);
+        for table in FlowTable::BOTH {
+            if let Some(found) = self.get(table, &key)? {
+                return Ok(Some((table, key, found)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Deletes entries; those that are not there are no error.
+    pub fn delete(&mut self, table: FlowTable, keys: &[FlowKey]) -> Result<(), MapError> {
+        let map = match table {
+            FlowTable::Established => &self.established,
+            FlowTable::Transient => &self.transient,
+        };
+        for result in self.batches.delete(table.map(), map, bytes_of(keys)) {
+            result.map_err(|error| MapError::Call {
+                what: "delete from",
+                map: table.map(),
+                source: io::Error::other(error.what),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Whose frontend a number is, if it still belongs to the Service port `service`.
+    pub fn info(&self, number: u32, service: u32) -> Result<Option<ServiceInfo>, MapError> {
+        if number >= self.numbers {
+            return Ok(None);
+        }
+        let failed = |map| move |source| MapError::Call { what: "read", map, source };
+        let identity = self.service.load_u64(number, 2).map_err(failed(map_names::SERVICE))?;
+        if ServiceIdentity::from_word(identity).service() != service {
+            return Ok(None);
+        }
+        let mut bytes = [0; size_of::<ServiceInfo>()];
+        self.service_info.read(number, 0, &mut bytes).map_err(failed(map_names::SERVICE_INFO))?;
+        Ok(info_from_bytes(&bytes))
+    }
+
+    fn map(&self, table: FlowTable) -> &Map {
+        match table {
+            FlowTable::Established => &self.established,
+            FlowTable::Transient => &self.transient,
+        }
+    }
+}
+
+/// What has no meaning to this version is left out: programs of another one may be running still.
+fn parse_all(keys: &[u8], values: &[u8]) -> Vec<(FlowKey, Flow)> {
+    let pairs = keys.chunks_exact(size_of::<FlowKey>()).zip(values.chunks_exact(size_of::<Flow>()));
+    pairs.filter_map(|(key, value)| parse(key, value)).collect()
+}
+
+fn parse(key: &[u8], value: &[u8]) -> Option<(FlowKey, Flow)> {
+    Some((key_from_bytes(key)?, flow_from_bytes(value)?))
+}
+
+fn key_from_bytes(bytes: &[u8]) -> Option<FlowKey> {
+    Some(FlowKey {
+        source: address_at(bytes, offset_of!(FlowKey, source))?,
+        destination: address_at(bytes, offset_of!(FlowKey, destination))?,
+        source_port: u16_at(bytes, offset_of!(FlowKey, source_port))?,
+        destination_port: u16_at(bytes, offset_of!(FlowKey, destination_port))?,
+        protocol: Protocol::try_from(*bytes.get(offset_of!(FlowKey, protocol))?).ok()?,
+        hook: Hook::try_from(*bytes.get(offset_of!(FlowKey, hook))?).ok()?,
+        ..FlowKey::EMPTY
+    })
+}
+
+fn flow_from_bytes(bytes: &[u8]) -> Option<Flow> {
+    Some(Flow {
+        address: address_at(bytes, offset_of!(Flow, address))?,
+        companion: address_at(bytes, offset_of!(Flow, companion))?,
+        port: u16_at(bytes, offset_of!(Flow, port))?,
+        companion_port: u16_at(bytes, offset_of!(Flow, companion_port))?,
+        state: FlowState::try_from(*bytes.get(offset_of!(Flow, state))?).ok()?,
+        role: Role::try_from(*bytes.get(offset_of!(Flow, role))?).ok()?,
+        number: u32_at(bytes, offset_of!(Flow, number))?,
+        service: u32_at(bytes, offset_of!(Flow, service))?,
+        slot: u32_at(bytes, offset_of!(Flow, slot))?,
+        last_seen: u64_at(bytes, offset_of!(Flow, last_seen))?,
+        ..Flow::EMPTY
+    })
+}
+
+fn address_at(bytes: &[u8], at: usize) -> Option<Address> {
+    Some(Address::new(bytes.get(at..at + 16)?.try_into().ok()?))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{maps::sys::MapAttributes, plan::Capacity};
+
+    /// Maps that belong to nobody else; none, with the reason printed, where the test may not make any.
+    fn maps(flows: u32) -> Option<FlowMaps> {
+        let capacity = Capacity { frontends: 4, backends: 4, addresses: 4, source_ranges: 4 };
+        let made = FlowMaps::from_maps(|name| {
+            let attributes = shape::with_capacity(name, &capacity);
+            let max_entries = if name.starts_with("flow") { flows } else { attributes.max_entries };
+            Map::create(MapAttributes { max_entries, ..attributes }).map_err(|source| MapError::Call {
+                what: "make",
+                map: name,
+                source,
+            })
+        });
+        match made {
+            Ok(maps) => Some(maps),
+            Err(MapError::Call { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
+                println!("skipped: making maps needs CAP_BPF: {source}");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn whole(client_port: u16) -> Conversation {
+        Conversation {
+            client: Address::from_v4_word(7),
+            client_port,
+            frontend_port: 80,
+            backend_port: 8_080,
+            last_seen: u64::from(client_port),
+            ..Conversation::EMPTY
+        }
+    }
+
+    fn put(maps: &FlowMaps, whole: &Conversation, role: Role) -> FlowKey {
+        let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+        whole.write_entry(role, &mut key, &mut flow);
+        maps.established.update(bytes_of(&[key]), bytes_of(&[flow]), sys::BPF_ANY).unwrap();
+        key
+    }
+
+    fn read_all(maps: &FlowMaps, mut cursor: Cursor) -> Vec<(FlowKey, Flow)> {
+        let mut all = Vec::new();
+        while !cursor.is_at_end() {
+            let page = maps.page(FlowTable::Established, &mut cursor, 64).unwrap();
+            assert!(page.len() <= 128, "a page of {}", page.len());
+            all.extend(page);
+        }
+        all
+    }
+
+    #[test]
+    fn pages_hold_every_entry_once_with_batches_and_without() {
+        let Some(mut maps) = maps(4_096) else { return };
+        let written: Vec<_> = (1..=1_000).map(|port| put(&maps, &whole(port), Role::Request)).collect();
+        let one_by_one = Cursor { place: Place::Key(bytes_of(&[FlowKey::EMPTY]).to_vec(), 0) };
+        for cursor in [Cursor::default(), one_by_one] {
+            let read = read_all(&maps, cursor);
+            assert_eq!(read.len(), written.len());
+            assert_eq!(
+                read.iter().map(|(key, _)| *key).collect::<BTreeSet<_>>(),
+                written.iter().copied().collect()
+            );
+            assert!(read.iter().all(|(key, flow)| flow.last_seen == u64::from(key.source_port)));
+        }
+        // Some that are there, one that never was.
+        let mut gone = written[..500].to_vec();
+        gone.push(FlowKey { source_port: 2_000, ..written[0] });
+        maps.delete(FlowTable::Established, &gone).unwrap();
+        assert_eq!(read_all(&maps, Cursor::default()).len(), 500);
+        assert_eq!(maps.page(FlowTable::Transient, &mut Cursor::default(), 64).unwrap(), []);
+    }
+
+    #[test]
+    fn an_entry_is_found_by_its_flow() {
+        let Some(maps) = maps(64) else { return };
+        let flow = whole(9);
+        let reply = put(&maps, &flow, Role::Reply);
+        let found = maps.entry(&flow, Role::Reply).unwrap();
+        assert_eq!(found.map(|(table, key, _)| (table, key)), Some((FlowTable::Established, reply)));
+        assert_eq!(maps.entry(&flow, Role::Request).unwrap(), None);
+        // Nobody has this number.
+        assert_eq!(maps.info(3, 7).unwrap(), None);
+        assert_eq!(maps.info(4, 7).unwrap(), None);
+    }
+}
