@@ -10,6 +10,7 @@ mod compute;
 mod config;
 mod endpoint_sets;
 mod frontends;
+mod health_check;
 mod node;
 pub mod objects;
 pub mod parse;
@@ -18,6 +19,7 @@ mod problem;
 
 pub use change::Change;
 pub use config::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope};
+pub use health_check::WantedHealthCheck;
 pub use node::WantedNode;
 pub use problem::{ObjectKind, ObjectRef, Problem, ProblemKind};
 
@@ -30,7 +32,7 @@ use kproxy_common::{Address, Cidr, FrontendKey};
 
 use crate::wanted::{ServiceKey, WantedService};
 use claims::{Claimant, Claims};
-use compute::{Context, wanted_service};
+use compute::{Computed, Context, compute};
 use endpoint_sets::Place;
 use objects::{EndpointSlice, Node, ServedBy, Service};
 use parse::Parsed;
@@ -61,6 +63,8 @@ pub struct Model {
 pub struct Update {
     /// The Services that want something else now; `None`: nothing any more.
     pub services: BTreeMap<ServiceKey, Option<WantedService>>,
+    /// The Services whose health checks are answered otherwise now; `None`: not any more.
+    pub health_checks: BTreeMap<ServiceKey, Option<WantedHealthCheck>>,
     /// What the node wants, if that changed. The first update has it always.
     pub node: Option<WantedNode>,
     /// Problems that were not there before, sorted.
@@ -79,6 +83,7 @@ struct Entry {
     addresses: Box<[Address]>,
     /// What the last update said.
     wanted: Option<WantedService>,
+    health_check: Option<WantedHealthCheck>,
     is_affected: bool,
 }
 
@@ -122,9 +127,12 @@ impl Model {
         self.affect(moved);
         let moved = self.addresses.settle();
         self.affect(moved);
+        let mut update = Update::default();
         let affected = std::mem::take(&mut self.affected).into_iter();
-        let changed = affected.filter_map(|key| Some(((*key).clone(), self.recompute_service(&key)?)));
-        let mut update = Update { services: changed.collect(), ..Update::default() };
+        let changed = affected.filter_map(|key| {
+            Some(((*key).clone(), self.recompute_service(&key, &mut update.health_checks)?))
+        });
+        update.services = changed.collect();
         let node = self.recompute_node();
         if self.wanted_node.as_ref() != Some(&node) {
             self.wanted_node = Some(node.clone());
@@ -233,8 +241,17 @@ impl Model {
         }
     }
 
-    /// What the Service wants, if that changed.
-    fn recompute_service(&mut self, key: &Arc<ServiceKey>) -> Option<Option<WantedService>> {
+    /// Every health check, as of the last update; in no order.
+    pub fn health_checks(&self) -> impl Iterator<Item = (&ServiceKey, &WantedHealthCheck)> {
+        self.services.iter().filter_map(|(key, entry)| Some((&**key, entry.health_check.as_ref()?)))
+    }
+
+    /// What the Service wants, if that changed; its health check goes into `health_checks`, if that did.
+    fn recompute_service(
+        &mut self,
+        key: &Arc<ServiceKey>,
+        health_checks: &mut BTreeMap<ServiceKey, Option<WantedHealthCheck>>,
+    ) -> Option<Option<WantedService>> {
         let entry = self.services.get_mut(key)?;
         entry.is_affected = false;
         let context = Context {
@@ -245,11 +262,15 @@ impl Model {
             frontends: &self.frontends,
             addresses: &self.addresses,
         };
-        let (wanted, problems) = match &entry.service {
-            Some(service) => wanted_service(service, &entry.slices, &context),
-            None => (None, Vec::new()),
+        let Computed { wanted, health_check, problems } = match &entry.service {
+            Some(service) => compute(service, &entry.slices, &context),
+            None => Computed::default(),
         };
         self.problems.set(ObjectRef::service(key), Stage::Computed, problems);
+        if entry.health_check != health_check {
+            entry.health_check.clone_from(&health_check);
+            health_checks.insert((**key).clone(), health_check);
+        }
         let changed = (entry.wanted != wanted).then(|| {
             entry.wanted.clone_from(&wanted);
             wanted
@@ -285,12 +306,14 @@ impl Entry {
 /// The keys that a Service claims, each sorted and once.
 fn claimed(service: &Service, config: &NodeConfig) -> (Box<[FrontendKey]>, Box<[Address]>) {
     let frontends = frontends::frontends(service, config).claimed;
-    let mut frontends: Box<[_]> = frontends.iter().map(|frontend| frontend.key).collect();
+    let mut frontends: Vec<_> = frontends.iter().map(|frontend| frontend.key).collect();
+    frontends.extend(health_check::health_check_keys(service));
     frontends.sort_unstable();
-    // Both are without repetition already: parsing and `frontends` see to that.
+    frontends.dedup();
+    // Without repetition already: parsing sees to that.
     let mut addresses = service.cluster_ips.clone();
     addresses.sort_unstable();
-    (frontends, addresses)
+    (frontends.into_boxed_slice(), addresses)
 }
 
 /// Enters what is claimed after a change in place of what was before; both sorted.

@@ -1,8 +1,9 @@
 //! Cases as text: objects in, printed tables out, then the objects go in other orders until nothing is left.
 //!
 //! A case is a file in `cases/`: what rule it shows and where the rule comes from, then steps. A step is
-//! YAML after a line `=== objects` (a document with `delete: Service default/nginx` takes one away) and the
-//! tables after it below `=== tables`. `UPDATE_CASES=1 cargo test --test cases` writes the tables anew.
+//! YAML after a line `=== objects` (a document with `delete: Service default/nginx` takes one away), the
+//! tables after it below `=== tables`, and, where a Service has a healthCheckNodePort, what it answers below
+//! `=== health`. `UPDATE_CASES=1 cargo test --test cases` writes the tables anew.
 
 #[path = "cases/input.rs"]
 mod input;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use input::{Case, Event, Step};
-use kproxy::model::{Model, NodeConfig, Problem, Update, WantedNode};
+use kproxy::model::{Model, NodeConfig, Problem, Update, WantedHealthCheck, WantedNode};
 use kproxy::wanted::{ServiceKey, WantedService};
 
 #[test]
@@ -44,13 +45,15 @@ fn run(path: &Path) -> Result<()> {
     let case = Case::read(path)?;
     let mut follower = Follower::new(case.config.clone());
     let mut printed = Vec::new();
-    for (number, Step { events, tables }) in case.steps.iter().enumerate() {
+    for (number, Step { events, tables, health }) in case.steps.iter().enumerate() {
         follower.take(events).with_context(|| format!("step {}", number + 1))?;
-        let now = follower.print();
-        if !input::is_update() && now != *tables {
-            bail!("step {}: expected\n{tables}\nbut is\n{now}", number + 1);
+        let (now, health_now) = (follower.print(), follower.print_health());
+        for (now, expected) in [(&now, tables), (&health_now, health)] {
+            if !input::is_update() && now != expected {
+                bail!("step {}: expected\n{expected}\nbut is\n{now}", number + 1);
+            }
         }
-        printed.push(now);
+        printed.push((now, health_now));
     }
     if input::is_update() {
         case.write(path, &printed)?;
@@ -62,8 +65,9 @@ fn run(path: &Path) -> Result<()> {
 /// orders, they leave nothing.
 fn check_orders(case: &Case, follower: &Follower) -> Result<()> {
     let left = case.left_at_end();
-    let last = follower.print();
-    let empty = Follower::new(case.config.clone()).after(&[])?.print();
+    let all = |follower: &Follower| follower.print() + &follower.print_health();
+    let last = all(follower);
+    let empty = all(&Follower::new(case.config.clone()).after(&[])?);
     for turn in 0..left.len().max(1) {
         let mut coming: Vec<Event> = left.clone();
         coming.rotate_left(turn);
@@ -74,11 +78,11 @@ fn check_orders(case: &Case, follower: &Follower) -> Result<()> {
         for event in &coming {
             other.take(std::slice::from_ref(event))?;
         }
-        ensure!(other.print() == last, "in another order of arrival it is\n{}", other.print());
+        ensure!(all(&other) == last, "in another order of arrival it is\n{}", all(&other));
         for event in &going {
             other.take(std::slice::from_ref(event))?;
         }
-        ensure!(other.print() == empty, "after all is gone, there is left\n{}", other.print());
+        ensure!(all(&other) == empty, "after all is gone, there is left\n{}", all(&other));
     }
     Ok(())
 }
@@ -87,6 +91,7 @@ fn check_orders(case: &Case, follower: &Follower) -> Result<()> {
 struct Follower {
     model: Model,
     services: BTreeMap<ServiceKey, WantedService>,
+    health_checks: BTreeMap<ServiceKey, WantedHealthCheck>,
     node: WantedNode,
     problems: Vec<Problem>,
 }
@@ -96,6 +101,7 @@ impl Follower {
         Self {
             model: Model::new(config),
             services: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
             node: WantedNode::default(),
             problems: Vec::new(),
         }
@@ -110,13 +116,18 @@ impl Follower {
         for event in events {
             self.model.apply(event.change());
         }
-        let Update { services, node, new_problems, gone_problems } = self.model.recompute();
+        let Update { services, health_checks, node, new_problems, gone_problems } = self.model.recompute();
         for (key, wanted) in services {
             let before = self.services.remove(&key);
             ensure!(before != wanted, "{key} is in the update, but did not change");
             if let Some(wanted) = wanted {
                 self.services.insert(key, wanted);
             }
+        }
+        for (key, check) in health_checks {
+            let before = self.health_checks.remove(&key);
+            ensure!(before != check, "the health check of {key} is in the update, but did not change");
+            self.health_checks.extend(check.map(|check| (key, check)));
         }
         if let Some(node) = node {
             self.node = node;
@@ -139,5 +150,9 @@ impl Follower {
 
     fn print(&self) -> String {
         table::print(&self.services, &self.node, &self.problems)
+    }
+
+    fn print_health(&self) -> String {
+        table::print_health(&self.health_checks)
     }
 }

@@ -9,7 +9,8 @@ mod naive;
 use std::collections::{BTreeMap, BTreeSet};
 
 use generate::World;
-use kproxy::model::{Model, NodeConfig, Problem, Update, WantedNode};
+use kproxy::model::objects::Family;
+use kproxy::model::{Model, NodeConfig, Problem, Update, WantedHealthCheck, WantedNode};
 use kproxy::wanted::{ServiceKey, WantedFrontend, WantedPort, WantedService, WantedSide};
 use kproxy_common::{Address, FrontendKey, FrontendKind, Mode, Options};
 use proptest::prelude::*;
@@ -47,6 +48,7 @@ proptest! {
         }
         fresh.follow()?;
         prop_assert_eq!(&known.services, &fresh.services);
+        prop_assert_eq!(&known.health_checks, &fresh.health_checks);
         prop_assert_eq!(&known.node, &fresh.node);
         prop_assert_eq!(&known.problems, &fresh.problems);
     }
@@ -88,6 +90,13 @@ proptest! {
             }
         }
         prop_assert!(expected.is_empty(), "missing: {:?}", expected.keys());
+        let told = |check: &WantedHealthCheck| {
+            let counts = check.local_endpoints.iter().map(|(family, count)| (*family == Family::V4, *count));
+            (check.port, counts.collect())
+        };
+        let answered: BTreeMap<_, naive::HealthCheck> =
+            known.health_checks.iter().map(|(key, check)| (key.clone(), told(check))).collect();
+        prop_assert_eq!(answered, naive::health_checks(&config, &world));
     }
 }
 
@@ -129,17 +138,24 @@ fn what_does_not_fit_is_named() {
 struct Known {
     model: Model,
     services: BTreeMap<ServiceKey, WantedService>,
+    health_checks: BTreeMap<ServiceKey, WantedHealthCheck>,
     node: Option<WantedNode>,
     problems: BTreeSet<Problem>,
 }
 
 impl Known {
     fn new(config: NodeConfig) -> Self {
-        Self { model: Model::new(config), services: BTreeMap::new(), node: None, problems: BTreeSet::new() }
+        Self {
+            model: Model::new(config),
+            services: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
+            node: None,
+            problems: BTreeSet::new(),
+        }
     }
 
     fn follow(&mut self) -> Result<(), TestCaseError> {
-        let Update { services, node, new_problems, gone_problems } = self.model.recompute();
+        let Update { services, health_checks, node, new_problems, gone_problems } = self.model.recompute();
         for (key, wanted) in services {
             prop_assert!(wanted.as_ref().is_none_or(|wanted| wanted.key == key));
             let before = match &wanted {
@@ -148,6 +164,16 @@ impl Known {
             };
             prop_assert_ne!(&before, &wanted, "{} did not change", key);
         }
+        for (key, check) in health_checks {
+            let before = match &check {
+                Some(check) => self.health_checks.insert(key.clone(), check.clone()),
+                None => self.health_checks.remove(&key),
+            };
+            prop_assert_ne!(&before, &check, "the health check of {} did not change", key);
+        }
+        prop_assert!(
+            self.model.health_checks().collect::<BTreeMap<_, _>>().into_iter().eq(&self.health_checks)
+        );
         if let Some(node) = node {
             prop_assert_ne!(self.node.as_ref(), Some(&node));
             self.node = Some(node);

@@ -10,6 +10,7 @@ use super::claims::Claims;
 use super::config::NodeConfig;
 use super::endpoint_sets::{EndpointSets, MAX_BACKENDS, Place, Run, Uses, endpoint_sets};
 use super::frontends::{Frontend, Frontends, frontends};
+use super::health_check::{WantedHealthCheck, health_check_keys, local_endpoints};
 use super::objects::{EndpointSlice, Family, ServedBy, Service};
 use super::pass_through::{PassThrough, decide, inside_mode};
 use super::problem::{ObjectRef, Problem, ProblemKind};
@@ -32,12 +33,23 @@ pub struct Context<'a> {
     pub addresses: &'a Claims<Address>,
 }
 
-/// What `service` wants, if anything; and what it cannot have. `slices` are its own, by name.
-pub fn wanted_service(
+/// What follows from a Service.
+#[derive(Clone, Debug, Default)]
+pub struct Computed {
+    /// What it wants in the tables, if anything.
+    pub wanted: Option<WantedService>,
+    /// What its `healthCheckNodePort` tells, if it has one.
+    pub health_check: Option<WantedHealthCheck>,
+    /// What it cannot have.
+    pub problems: Vec<Problem>,
+}
+
+/// What `service` wants, and what it cannot have. `slices` are its own, by name.
+pub fn compute(
     service: &Service,
     slices: &BTreeMap<Box<str>, EndpointSlice>,
     context: &Context<'_>,
-) -> (Option<WantedService>, Vec<Problem>) {
+) -> Computed {
     let mut problems = Problems { object: ObjectRef::service(&service.key), list: Vec::new() };
     let Frontends { mut claimed, duplicates } = frontends(service, context.config);
     for frontend in duplicates {
@@ -63,6 +75,7 @@ pub fn wanted_service(
     if !service.source_ranges.is_empty() {
         report_ranges_not_enforced(&claimed, service, context, &mut problems);
     }
+    let health_check = health_check(service, slices, context, &mut problems);
     let addresses = wanted_addresses(service, context, &mut problems);
     let wanted = (!ports.is_empty() || !addresses.is_empty()).then(|| WantedService {
         key: (*service.key).clone(),
@@ -70,7 +83,7 @@ pub fn wanted_service(
         ports,
         addresses,
     });
-    (wanted, problems.list)
+    Computed { wanted, health_check, problems: problems.list }
 }
 
 struct Problems {
@@ -242,6 +255,41 @@ impl SideRule {
         };
         WantedSide { offset: 0, count: 0, mode, options }
     }
+}
+
+/// The port counts as a frontend like any other: a NodePort of the same number would swallow the requests of the
+/// load balancer.
+fn health_check(
+    service: &Service,
+    slices: &BTreeMap<Box<str>, EndpointSlice>,
+    context: &Context<'_>,
+    problems: &mut Problems,
+) -> Option<WantedHealthCheck> {
+    let port = service.health_check_node_port?;
+    let field = || "spec.healthCheckNodePort".to_owned();
+    let is_port = |other: &super::objects::ServicePort| {
+        other.node_port == Some(port) && other.protocol == Protocol::Tcp
+    };
+    if service.ports.iter().any(is_port) {
+        let message = format!("{port} is a nodePort of this Service too; health checks are not answered");
+        problems.add(ProblemKind::Duplicate, field(), message);
+        return None;
+    }
+    let mut counts = BTreeMap::new();
+    for key in health_check_keys(service) {
+        let family = Family::of(&key.address());
+        if let Some(winner) = context.frontends.rival(&key, &service.key) {
+            let message = format!(
+                "port {port} belongs to Service {winner}, which is older (or, of the same age, first by name); \
+                 health checks are not answered over {} until that Service gives it up",
+                family.text()
+            );
+            problems.add(ProblemKind::ClaimedTwice, field(), message);
+            continue;
+        }
+        counts.insert(family, local_endpoints(family, slices.values(), context.place));
+    }
+    (!counts.is_empty()).then_some(WantedHealthCheck { port, local_endpoints: counts })
 }
 
 fn wanted_addresses(

@@ -46,6 +46,9 @@ pub struct Service {
     pub affinity_timeout: u32,
     /// `spec.loadBalancerSourceRanges`, host bits cleared.
     pub source_ranges: Box<[Cidr]>,
+    /// `spec.healthCheckNodePort`, host order, where it counts: of type LoadBalancer with externalTrafficPolicy
+    /// Local (`NeedsHealthCheck`).
+    pub health_check_node_port: Option<u16>,
     /// What its annotations say on pass-through, in the order in which they are asked.
     pub pass_through: Box<[(PassThroughRule, PassThroughValue)]>,
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 const OBJECTS: &str = "=== objects";
 const TABLES: &str = "=== tables";
+const HEALTH: &str = "=== health";
 
 /// A case, parsed.
 pub struct Case {
@@ -27,6 +28,8 @@ pub struct Case {
 pub struct Step {
     pub events: Vec<Event>,
     pub tables: String,
+    /// What health checks are answered; empty without any.
+    pub health: String,
 }
 
 /// One object: its kind, its key, and itself unless it goes.
@@ -86,20 +89,26 @@ impl Case {
                 None if is_update() => (part, ""),
                 None => bail!("a step without {TABLES}"),
             };
+            let (tables, health) = tables.split_once(HEALTH).unwrap_or((tables, ""));
             let tables = tables.trim_start_matches('\n').trim_end().to_owned() + "\n";
+            let health = health.trim_matches('\n').lines().map(|line| format!("{line}\n")).collect();
             let events = case.read_events(source)?;
-            case.steps.push(Step { events, tables });
+            case.steps.push(Step { events, tables, health });
             case.sources.push(source.trim_matches('\n').to_owned());
         }
         ensure!(!case.steps.is_empty(), "no {OBJECTS} in it");
         Ok(case)
     }
 
-    pub fn write(&self, path: &Path, printed: &[String]) -> Result<()> {
+    /// Writes the case with tables and health checks of each step.
+    pub fn write(&self, path: &Path, printed: &[(String, String)]) -> Result<()> {
         let mut out = self.header.clone();
-        for (at, (source, tables)) in self.sources.iter().zip(printed).enumerate() {
+        for (at, (source, (tables, health))) in self.sources.iter().zip(printed).enumerate() {
             let gap = if at == 0 { "" } else { "\n" };
             out += &format!("{gap}{OBJECTS}\n{source}\n\n{TABLES}\n{tables}");
+            if !health.is_empty() {
+                out += &format!("\n{HEALTH}\n{health}");
+            }
         }
         std::fs::write(path, out).context("writing the case")
     }

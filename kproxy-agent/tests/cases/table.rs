@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use kproxy::model::{Problem, WantedNode};
+use kproxy::model::{Problem, WantedHealthCheck, WantedNode};
+use kproxy::servers::HealthCheck;
 use kproxy::wanted::{
     PassThroughRule, ServiceKey, WantedBackend, WantedFrontend, WantedPort, WantedService, WantedSide,
 };
@@ -30,6 +31,21 @@ pub fn print(
     }
     for problem in problems {
         let _ = writeln!(out, "! {:?} {problem}", problem.kind);
+    }
+    out
+}
+
+/// What is answered on each `healthCheckNodePort` over each family while the proxy is healthy: status, weight, body.
+pub fn print_health(checks: &BTreeMap<ServiceKey, WantedHealthCheck>) -> String {
+    let mut out = String::new();
+    for (service, WantedHealthCheck { port, local_endpoints }) in checks {
+        let check = HealthCheck { service: service.clone(), local_endpoints: local_endpoints.clone() };
+        for family in local_endpoints.keys() {
+            let answer = check.answer(*family, true);
+            let status = if answer.is_ok { 200 } else { 503 };
+            let body = answer.body.replace(['\n', '\t'], "");
+            let _ = writeln!(out, "{} port {port}: {status} weight={} {body}", family.text(), answer.weight);
+        }
     }
     out
 }

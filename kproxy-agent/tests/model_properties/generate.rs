@@ -226,8 +226,10 @@ fn service() -> BoxedStrategy<Service> {
     let kind =
         prop_oneof![9 => maybe(&["ClusterIP", "NodePort", "LoadBalancer"]), 1 => maybe(&["ExternalName"])];
     let meta = (annotations(), option::weighted(0.1, Just(())), option::of(select(vec![1_i64, 2])));
-    (addresses, vec(service_port(), 1..4), policies, affinity, ranges, kind, meta)
+    let health_port = select(vec![None, Some(32_000), Some(32_000), Some(30_080), Some(0), Some(70_000)]);
+    (addresses, vec(service_port(), 1..4), policies, affinity, ranges, (kind, health_port), meta)
         .prop_map(|((cluster_ips, external_ips, ingress), ports, policies, affinity, ranges, kind, meta)| {
+            let (kind, health_check_node_port) = kind;
             let (annotations, other_proxy, created) = meta;
             let label = || [("service.kubernetes.io/service-proxy-name".to_owned(), "x".to_owned())].into();
             let client_ip = ClientIPConfig { timeout_seconds: affinity.1 };
@@ -247,6 +249,7 @@ fn service() -> BoxedStrategy<Service> {
                     session_affinity: affinity.0,
                     session_affinity_config: Some(SessionAffinityConfig { client_ip: Some(client_ip) }),
                     load_balancer_source_ranges: Some(ranges),
+                    health_check_node_port,
                     type_: kind,
                     ..ServiceSpec::default()
                 }),
@@ -452,6 +455,7 @@ fn wild_service() -> BoxedStrategy<Service> {
                 external_ips: lists.1,
                 load_balancer_source_ranges: lists.2,
                 ip_families: lists.3,
+                health_check_node_port: Some(timeout),
                 cluster_ip: texts.0.clone(),
                 internal_traffic_policy: texts.0,
                 external_traffic_policy: texts.1,

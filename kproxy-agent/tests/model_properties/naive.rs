@@ -38,17 +38,82 @@ pub struct Side {
 
 /// Who has which frontend, and what it does.
 pub fn frontends(config: &NodeConfig, world: &World) -> BTreeMap<FrontendKey, Frontend> {
-    let mut by_age: Vec<_> = world.services.iter().collect();
-    by_age.sort_by_key(|(key, service)| (created(service), *key));
     let mut taken = BTreeMap::new();
-    for (key, service) in by_age {
+    for (key, service) in by_age(world) {
         for (frontend, kind, name, is_proxy) in candidates(config, service) {
-            taken
-                .entry(frontend)
-                .or_insert_with(|| decide(config, world, (key, service), &frontend, kind, &name, is_proxy));
+            taken.entry(frontend).or_insert_with(|| {
+                Some(decide(config, world, (key, service), &frontend, kind, &name, is_proxy))
+            });
+        }
+        for (_, frontend) in health_check_ports(service) {
+            taken.entry(frontend).or_insert(None);
         }
     }
-    taken
+    taken.into_iter().filter_map(|(key, frontend)| Some((key, frontend?))).collect()
+}
+
+/// What the load balancers of a Service are told: the port, and for IPv4 (true) and IPv6 how many are here.
+pub type HealthCheck = (u16, BTreeMap<bool, u32>);
+
+/// Whose health checks are answered, and what.
+pub fn health_checks(config: &NodeConfig, world: &World) -> BTreeMap<ServiceKey, HealthCheck> {
+    let (mut taken, mut found) = (BTreeSet::new(), BTreeMap::new());
+    for (key, service) in by_age(world) {
+        let own: BTreeSet<_> = candidates(config, service).into_iter().map(|(key, ..)| key).collect();
+        let asked = health_check_ports(service);
+        for (port, frontend) in &asked {
+            // A port that is a NodePort of the same Service, too, answers no health checks at all.
+            let clashes = asked.iter().any(|(_, frontend)| own.contains(frontend));
+            if !clashes && !taken.contains(frontend) {
+                let is_v4 = frontend.address().is_v4();
+                let (_, counts) = found.entry(key.clone()).or_insert((*port, BTreeMap::new()));
+                counts.insert(is_v4, ready_here(world, key, is_v4));
+            }
+        }
+        taken.extend(own);
+        taken.extend(asked.into_iter().map(|(_, frontend)| frontend));
+    }
+    found
+}
+
+fn by_age(world: &World) -> Vec<(&ServiceKey, &Service)> {
+    let mut by_age: Vec<_> = world.services.iter().collect();
+    by_age.sort_by_key(|(key, service)| (created(service), *key));
+    by_age
+}
+
+/// `healthCheckNodePort` as a claim to the port of each family, where the Service needs one.
+fn health_check_ports(service: &Service) -> Vec<(u16, FrontendKey)> {
+    let spec = service.spec.as_ref().unwrap();
+    let is_needed = spec.type_.as_deref() == Some("LoadBalancer")
+        && spec.external_traffic_policy.as_deref() == Some("Local");
+    let Some(port @ 1..) = spec.health_check_node_port.and_then(|number| u16::try_from(number).ok()) else {
+        return Vec::new();
+    };
+    if !is_needed {
+        return Vec::new();
+    }
+    let ips: BTreeSet<_> =
+        served_ips(service).iter().map(|ip| FrontendKey::node_port(ip, port, Protocol::Tcp)).collect();
+    ips.into_iter().map(|key| (port, key)).collect()
+}
+
+/// Addresses with a ready endpoint on this node, whatever the port.
+fn ready_here(world: &World, service: &ServiceKey, is_v4: bool) -> u32 {
+    let mut here = BTreeSet::new();
+    // The names that the generator knows.
+    for name in ["", "a", "b"] {
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let any = if is_v4 { "0.0.0.0" } else { "::" };
+            let key = FrontendKey::new(Address::from(any.parse::<IpAddr>().unwrap()), 1, protocol);
+            for ((ip, _), endpoint) in endpoints(world, service, &key, name) {
+                if ready(endpoint) && endpoint.node_name.as_deref() == Some(NODE) {
+                    here.insert(ip);
+                }
+            }
+        }
+    }
+    here.len().try_into().unwrap()
 }
 
 /// Clients of this frontend's family whose answers tell source ranges apart.
@@ -76,14 +141,7 @@ fn created(service: &Service) -> i64 {
 /// Every place where the Service would listen, best claim first: key, kind, port name, ipMode Proxy.
 fn candidates(config: &NodeConfig, service: &Service) -> Vec<(FrontendKey, FrontendKind, String, bool)> {
     let spec = service.spec.as_ref().unwrap();
-    let cluster_ips: Vec<&String> =
-        spec.cluster_ips.iter().flatten().filter(|text| !text.is_empty()).collect();
-    let is_headless = cluster_ips.is_empty() || cluster_ips.iter().any(|text| *text == "None");
-    let is_foreign = service.metadata.labels.as_ref().is_some_and(|labels| !labels.is_empty());
-    if is_headless || is_foreign || spec.type_.as_deref() == Some("ExternalName") {
-        return Vec::new();
-    }
-    let cluster_ips: Vec<Address> = cluster_ips.into_iter().filter_map(|text| usable(text)).collect();
+    let cluster_ips = served_ips(service);
     let has_family = |ip: &Address| cluster_ips.iter().any(|cluster_ip| cluster_ip.is_v4() == ip.is_v4());
     let mut found = Vec::new();
     let mut names = BTreeSet::new();
@@ -139,6 +197,19 @@ fn candidates(config: &NodeConfig, service: &Service) -> Vec<(FrontendKey, Front
         }
     }
     found
+}
+
+/// The ClusterIPs; none if the Service is not ours.
+fn served_ips(service: &Service) -> Vec<Address> {
+    let spec = service.spec.as_ref().unwrap();
+    let cluster_ips: Vec<&String> =
+        spec.cluster_ips.iter().flatten().filter(|text| !text.is_empty()).collect();
+    let is_headless = cluster_ips.is_empty() || cluster_ips.iter().any(|text| *text == "None");
+    let is_foreign = service.metadata.labels.as_ref().is_some_and(|labels| !labels.is_empty());
+    if is_headless || is_foreign || spec.type_.as_deref() == Some("ExternalName") {
+        return Vec::new();
+    }
+    cluster_ips.into_iter().filter_map(|text| usable(text)).collect()
 }
 
 fn decide(

@@ -44,6 +44,7 @@ pub fn service(
         external_policy: TrafficPolicy::Cluster,
         affinity_timeout: 0,
         source_ranges: Box::default(),
+        health_check_node_port: None,
         pass_through: Box::default(),
     };
     if value.served_by == ServedBy::Nobody {
@@ -65,6 +66,11 @@ pub fn service(
         policy(&mut report, "spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
     value.affinity_timeout = affinity_timeout(&mut report, spec);
     value.source_ranges = source_ranges(&mut report, spec);
+    if value.kind == ServiceKind::LoadBalancer && value.external_policy == TrafficPolicy::Local {
+        let written = spec.health_check_node_port.filter(|number| *number != 0);
+        value.health_check_node_port =
+            written.and_then(|number| port(&mut report, "spec.healthCheckNodePort", number));
+    }
     value.pass_through = pass_through(&mut report, service, extra_annotations);
     report.parsed(value)
 }
