@@ -328,7 +328,7 @@ fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, masked: &mu
         let mut tries = 0;
         while tries < MASK_TRIES {
             // An odd step, so that two flows that meet at one port part at the next.
-            let offset = start.wrapping_add(tries.wrapping_mul(start >> 15 | 1));
+            let offset = start.wrapping_add(tries.wrapping_mul(start.rotate_left(16) | 1));
             let port = first.wrapping_add(((u64::from(offset) * u64::from(count)) >> 32) as u32);
             flow.mask_port = port as u16;
             if tables.put_new(flow, Role::Return) {
