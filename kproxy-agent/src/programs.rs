@@ -10,6 +10,7 @@ mod sys;
 
 pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
 pub use load::{
-    Capacities, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval, has_tcx, pinned_maps,
+    Capacities, Features, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval, has_tcx,
+    pinned_maps,
 };
 pub use sys::namespace_cookie;

@@ -1,6 +1,8 @@
 //! The maps' twin in memory, for tests: it can be told to fail, remembers what was written in which order, and
 //! panics where a write breaks the rules that keep reading programs safe.
 
+mod flows;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use kproxy_common::{
@@ -8,6 +10,7 @@ use kproxy_common::{
     map_names,
 };
 
+pub use self::flows::{FlowView, Flows};
 use super::{MapWriter, WriteError};
 use crate::plan::{Capacity, Snapshot, Word};
 

@@ -55,6 +55,20 @@ impl Capacities {
     }
 }
 
+/// What the programs are compiled against and not every kernel has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Features {
+    /// See [`has_set_retval`].
+    pub set_retval: bool,
+}
+
+impl Features {
+    /// Those of this kernel.
+    pub fn probe() -> Self {
+        Self { set_retval: has_set_retval() }
+    }
+}
+
 /// The programs could not be loaded.
 #[derive(thiserror::Error, Debug)]
 pub enum LoadError {
@@ -102,12 +116,22 @@ impl Programs {
     pub fn load(root: &Path, capacities: &Capacities) -> Result<Self, LoadError> {
         check_bpf_root(root)?;
         unpin_others(root, capacities)?;
-        load(Some(root), capacities)
+        load(Some(root), capacities, &Features::probe())
     }
 
     /// Loads every program over maps of its own, which go with it: to see whether this kernel accepts them.
     pub fn load_unpinned(capacities: &Capacities) -> Result<Self, LoadError> {
-        load(None, capacities)
+        load(None, capacities, &Features::probe())
+    }
+
+    /// The same, as on a kernel with these features: to see what the others are given.
+    pub fn load_unpinned_for(capacities: &Capacities, features: &Features) -> Result<Self, LoadError> {
+        load(None, capacities, features)
+    }
+
+    /// The maps and programs themselves: for test runs and measurements.
+    pub fn object(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
     }
 
     /// Makes `device` say these addresses (IPv4, IPv6) for each interface. An element that must change is deleted
@@ -163,10 +187,11 @@ impl Programs {
     }
 }
 
-fn load(root: Option<&Path>, capacities: &Capacities) -> Result<Programs, LoadError> {
+fn load(root: Option<&Path>, capacities: &Capacities, features: &Features) -> Result<Programs, LoadError> {
     let pins: Vec<(&str, Option<PathBuf>)> =
         pinned_maps().iter().map(|name| (*name, root.map(|root| root.join(name)))).collect();
-    let set_retval = u32::from(has_set_retval());
+    let Features { set_retval } = features;
+    let set_retval = u32::from(*set_retval);
     let mut loader = EbpfLoader::new();
     loader.override_global("HAS_SET_RETVAL", &set_retval, true);
     for (name, pin) in &pins {

@@ -1,0 +1,216 @@
+//! The packet path's tables in memory: what the programs would do with a packet, computed on the host.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use kproxy_common::{
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
+    Counters, DeviceAddresses, Flow, FlowKey, FlowState, FlowTables, FrontendKey, Hit, Hook, PacketMeta,
+    Role, ServiceIdentity, Side,
+};
+
+use crate::plan::{Tables, View};
+
+/// What packets leave behind: flows, affinity, counters; and the addresses that clients are masked with. Nothing
+/// is ever evicted.
+#[derive(Clone, Default, Debug)]
+pub struct Flows {
+    /// `device`, by interface index.
+    pub devices: BTreeMap<u32, DeviceAddresses>,
+    /// Nanoseconds since boot.
+    pub now: u64,
+    flow: RefCell<BTreeMap<FlowKey, Flow>>,
+    transient: RefCell<BTreeMap<FlowKey, Flow>>,
+    affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    counters: RefCell<BTreeMap<u32, Counters>>,
+}
+
+impl Flows {
+    /// These flows, over the tables of Services as they stand.
+    pub fn over<'a>(&'a self, tables: &'a Tables, config: &Config) -> FlowView<'a> {
+        FlowView { flows: self, services: View::new(tables, *config) }
+    }
+
+    /// `flow`.
+    pub fn established(&self) -> BTreeMap<FlowKey, Flow> {
+        self.flow.borrow().clone()
+    }
+
+    /// `flow_transient`.
+    pub fn transient(&self) -> BTreeMap<FlowKey, Flow> {
+        self.transient.borrow().clone()
+    }
+
+    /// `counter` of a number.
+    pub fn counters(&self, number: u32) -> Counters {
+        self.counters.borrow().get(&number).copied().unwrap_or_default()
+    }
+}
+
+/// Everything that the decision about a packet reads and writes.
+#[derive(Debug)]
+pub struct FlowView<'a> {
+    flows: &'a Flows,
+    services: View<'a>,
+}
+
+impl FlowView<'_> {
+    fn hit(map: &RefCell<BTreeMap<FlowKey, Flow>>, packet: &PacketMeta, hook: Hook) -> Option<Flow> {
+        map.borrow().get(&key(packet, hook)).copied()
+    }
+
+    fn with<R>(
+        map: &RefCell<BTreeMap<FlowKey, Flow>>,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        let flow = Self::hit(map, packet, hook)?;
+        let mut whole = Conversation::EMPTY;
+        whole.read_entry(&key(packet, hook), &flow);
+        Some(act(&mut whole))
+    }
+}
+
+impl kproxy_common::Tables for FlowView<'_> {
+    fn config(&self) -> Option<&Config> {
+        self.services.config()
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
+        self.services.frontend(key)
+    }
+
+    fn address(&self, address: &Address) -> Option<AddressKind> {
+        self.services.address(address)
+    }
+
+    fn side(&self, number: u32, from: ClientKind) -> Option<Side> {
+        self.services.side(number, from)
+    }
+
+    fn identity(&self, number: u32) -> Option<ServiceIdentity> {
+        self.services.identity(number)
+    }
+
+    fn block(&self, number: u32) -> Option<Block> {
+        self.services.block(number)
+    }
+
+    fn backend(&self, slot: u32) -> Option<Backend> {
+        self.services.backend(slot)
+    }
+
+    fn source_allowed(&self, number: u32, client: &Address) -> bool {
+        self.services.source_allowed(number, client)
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        self.flows.affinity.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        self.flows.affinity.borrow_mut().insert(*key, *value);
+    }
+
+    fn now(&self) -> u64 {
+        self.flows.now
+    }
+}
+
+impl FlowTables for FlowView<'_> {
+    fn flow(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
+        Self::hit(&self.flows.flow, packet, hook).as_ref().map(Hit::from)
+    }
+
+    fn transient(&self, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
+        Self::hit(&self.flows.transient, packet, hook).as_ref().map(Hit::from)
+    }
+
+    fn with_flow<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        Self::with(&self.flows.flow, packet, hook, act)
+    }
+
+    fn with_transient<R>(
+        &self,
+        packet: &PacketMeta,
+        hook: Hook,
+        act: impl FnOnce(&mut Conversation) -> R,
+    ) -> Option<R> {
+        Self::with(&self.flows.transient, packet, hook, act)
+    }
+
+    fn with_new(&self, act: impl FnOnce(&mut Conversation)) {
+        act(&mut { Conversation::EMPTY });
+    }
+
+    fn put_flow(&self, whole: &Conversation, role: Role) {
+        let (key, flow) = entry(whole, role);
+        self.flows.flow.borrow_mut().insert(key, flow);
+    }
+
+    fn put_transient(&self, whole: &Conversation, role: Role) {
+        let (key, flow) = entry(whole, role);
+        self.flows.transient.borrow_mut().insert(key, flow);
+    }
+
+    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
+        let (key, flow) = entry(whole, role);
+        if self.flows.flow.borrow().contains_key(&key) || self.flows.transient.borrow().contains_key(&key) {
+            return false;
+        }
+        self.flows.transient.borrow_mut().insert(key, flow);
+        true
+    }
+
+    fn remove_flow(&self, whole: &Conversation, role: Role) {
+        self.flows.flow.borrow_mut().remove(&entry(whole, role).0);
+    }
+
+    fn remove_transient(&self, whole: &Conversation, role: Role) {
+        self.flows.transient.borrow_mut().remove(&entry(whole, role).0);
+    }
+
+    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
+        self.flows.flow.borrow().get(&entry(whole, role).0).map(|flow| flow.state)
+    }
+
+    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64) {
+        if let Some(flow) = self.flows.flow.borrow_mut().get_mut(&key(packet, hook)) {
+            flow.state = state;
+            flow.last_seen = last_seen;
+        }
+    }
+
+    fn mask_address(&self, device: u32, like: &Address) -> Option<Address> {
+        let addresses = self.flows.devices.get(&device)?;
+        let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
+        (!address.is_unspecified()).then_some(address)
+    }
+
+    fn count(&self, number: u32, forwarded: bool) {
+        let mut counters = self.flows.counters.borrow_mut();
+        let counters = counters.entry(number).or_default();
+        if forwarded {
+            counters.connections += 1;
+        } else {
+            counters.pass_through += 1;
+        }
+    }
+}
+
+fn key(packet: &PacketMeta, hook: Hook) -> FlowKey {
+    let mut key = FlowKey::EMPTY;
+    packet.write_key(hook, &mut key);
+    key
+}
+
+fn entry(whole: &Conversation, role: Role) -> (FlowKey, Flow) {
+    let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+    whole.write_entry(role, &mut key, &mut flow);
+    (key, flow)
+}

@@ -1,0 +1,338 @@
+//! Packets, built and read by a library that shares nothing with the programs.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use etherparse::{
+    Ethernet2Header, IpHeaders, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader, UdpHeader,
+};
+use kproxy_common::{PacketMeta, Protocol, TcpFlags};
+
+pub const FIN: u8 = 1;
+pub const SYN: u8 = 1 << 1;
+pub const RST: u8 = 1 << 2;
+pub const PSH: u8 = 1 << 3;
+pub const ACK: u8 = 1 << 4;
+
+/// What packets begin with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Link {
+    /// An Ethernet header.
+    Ethernet,
+    /// The IP header, as on a tunnel.
+    Ip,
+}
+
+impl Link {
+    pub const ALL: [Self; 2] = [Self::Ethernet, Self::Ip];
+
+    pub fn header_length(self) -> usize {
+        match self {
+            Self::Ethernet => Ethernet2Header::LEN,
+            Self::Ip => 0,
+        }
+    }
+}
+
+/// A packet with the headers that translation is about. What was read comes out the same, but for checksums, which
+/// are always made anew.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Frame {
+    pub ethernet: Option<Ethernet2Header>,
+    pub ip: IpHeaders,
+    pub transport: Transport,
+    pub payload: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub enum Transport {
+    Tcp(TcpHeader),
+    /// `false`: the checksum is left out.
+    Udp(UdpHeader, bool),
+}
+
+impl Frame {
+    pub fn tcp(link: Link, from: SocketAddr, to: SocketAddr, flags: u8) -> Self {
+        let mut header = TcpHeader::new(from.port(), to.port(), 0x0102_0304, 64_240);
+        set_flags(&mut header, flags);
+        if flags & ACK != 0 {
+            header.acknowledgment_number = 0x0a0b_0c0d;
+        }
+        Self::new(link, from.ip(), to.ip(), Transport::Tcp(header))
+    }
+
+    pub fn udp(link: Link, from: SocketAddr, to: SocketAddr) -> Self {
+        let header =
+            UdpHeader { source_port: from.port(), destination_port: to.port(), length: 0, checksum: 0 };
+        Self::new(link, from.ip(), to.ip(), Transport::Udp(header, true)).with_payload(b"a datagram")
+    }
+
+    /// TCP with these flags, or UDP, which has none.
+    pub fn of(protocol: Protocol, link: Link, from: SocketAddr, to: SocketAddr, flags: u8) -> Self {
+        match protocol {
+            Protocol::Tcp => Self::tcp(link, from, to, flags),
+            Protocol::Udp => Self::udp(link, from, to),
+            Protocol::Sctp => panic!("no SCTP here"),
+        }
+    }
+
+    fn new(link: Link, from: IpAddr, to: IpAddr, transport: Transport) -> Self {
+        let number = match &transport {
+            Transport::Tcp(_) => IpNumber::TCP,
+            Transport::Udp(..) => IpNumber::UDP,
+        };
+        let ip = match (from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                let header = Ipv4Header::new(0, 61, number, from.octets(), to.octets());
+                let mut header = header.expect("no payload is not too long");
+                header.identification = 0x1234;
+                IpHeaders::Ipv4(header, Default::default())
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let header = Ipv6Header {
+                    traffic_class: 0x28,
+                    flow_label: Ipv6FlowLabel::try_new(0x5_4321).expect("twenty bits"),
+                    payload_length: 0,
+                    next_header: number,
+                    hop_limit: 61,
+                    source: from.octets(),
+                    destination: to.octets(),
+                };
+                IpHeaders::Ipv6(header, Default::default())
+            }
+            _ => panic!("{from} and {to} are of two families"),
+        };
+        let ethernet = matches!(link, Link::Ethernet).then(|| Ethernet2Header {
+            source: [2, 0, 0, 0, 0, 1],
+            destination: [2, 0, 0, 0, 0, 2],
+            ether_type: if matches!(ip, IpHeaders::Ipv4(..)) {
+                etherparse::EtherType::IPV4
+            } else {
+                etherparse::EtherType::IPV6
+            },
+        });
+        Self { ethernet, ip, transport, payload: Vec::new() }
+    }
+
+    pub fn with_payload(mut self, payload: &[u8]) -> Self {
+        self.payload = payload.to_vec();
+        self
+    }
+
+    /// The same packet, going somewhere else.
+    pub fn with_destination(mut self, to: SocketAddr) -> Self {
+        match (&mut self.ip, to.ip()) {
+            (IpHeaders::Ipv4(header, _), IpAddr::V4(ip)) => header.destination = ip.octets(),
+            (IpHeaders::Ipv6(header, _), IpAddr::V6(ip)) => header.destination = ip.octets(),
+            (_, ip) => panic!("{ip} is of the other family"),
+        }
+        match &mut self.transport {
+            Transport::Tcp(header) => header.destination_port = to.port(),
+            Transport::Udp(header, _) => header.destination_port = to.port(),
+        }
+        self
+    }
+
+    /// The same packet, coming from somewhere else.
+    pub fn with_source(mut self, from: SocketAddr) -> Self {
+        match (&mut self.ip, from.ip()) {
+            (IpHeaders::Ipv4(header, _), IpAddr::V4(ip)) => header.source = ip.octets(),
+            (IpHeaders::Ipv6(header, _), IpAddr::V6(ip)) => header.source = ip.octets(),
+            (_, ip) => panic!("{ip} is of the other family"),
+        }
+        match &mut self.transport {
+            Transport::Tcp(header) => header.source_port = from.port(),
+            Transport::Udp(header, _) => header.source_port = from.port(),
+        }
+        self
+    }
+
+    pub fn source(&self) -> SocketAddr {
+        let ip = match &self.ip {
+            IpHeaders::Ipv4(header, _) => IpAddr::from(Ipv4Addr::from(header.source)),
+            IpHeaders::Ipv6(header, _) => IpAddr::from(Ipv6Addr::from(header.source)),
+        };
+        SocketAddr::new(ip, self.ports().0)
+    }
+
+    pub fn destination(&self) -> SocketAddr {
+        let ip = match &self.ip {
+            IpHeaders::Ipv4(header, _) => IpAddr::from(Ipv4Addr::from(header.destination)),
+            IpHeaders::Ipv6(header, _) => IpAddr::from(Ipv6Addr::from(header.destination)),
+        };
+        SocketAddr::new(ip, self.ports().1)
+    }
+
+    fn ports(&self) -> (u16, u16) {
+        match &self.transport {
+            Transport::Tcp(header) => (header.source_port, header.destination_port),
+            Transport::Udp(header, _) => (header.source_port, header.destination_port),
+        }
+    }
+
+    pub fn protocol(&self) -> Protocol {
+        match &self.transport {
+            Transport::Tcp(_) => Protocol::Tcp,
+            Transport::Udp(..) => Protocol::Udp,
+        }
+    }
+
+    /// What the decision needs of it.
+    pub fn meta(&self) -> PacketMeta {
+        let (from, to) = (self.source(), self.destination());
+        PacketMeta {
+            source: from.ip().into(),
+            destination: to.ip().into(),
+            source_port: from.port(),
+            destination_port: to.port(),
+            protocol: self.protocol(),
+            tcp: match &self.transport {
+                Transport::Tcp(header) => TcpFlags { bits: flags(header) },
+                Transport::Udp(..) => TcpFlags::default(),
+            },
+        }
+    }
+
+    /// As on the wire, with right lengths and checksums.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut ip = self.ip.clone();
+        let length = match &self.transport {
+            Transport::Tcp(header) => header.header_len(),
+            Transport::Udp(..) => UdpHeader::LEN,
+        };
+        ip.set_payload_len(length + self.payload.len()).expect("a packet is at most 64 KiB");
+        if let IpHeaders::Ipv4(header, _) = &mut ip {
+            header.header_checksum = header.calc_header_checksum();
+        }
+        let transport = self.transport.bytes(&ip, &self.payload);
+        let mut out = Vec::new();
+        if let Some(ethernet) = &self.ethernet {
+            out.extend(ethernet.to_bytes());
+        }
+        ip.write(&mut out).expect("memory can be written to");
+        out.extend(transport);
+        out.extend(&self.payload);
+        out
+    }
+
+    /// Reads a packet that is sound in every way, checksums included. Why not, otherwise.
+    pub fn read(link: Link, bytes: &[u8]) -> Result<Self, String> {
+        let (ethernet, rest) = match link {
+            Link::Ethernet => {
+                let (header, rest) = Ethernet2Header::from_slice(bytes).map_err(|error| error.to_string())?;
+                (Some(header), rest)
+            }
+            Link::Ip => (None, bytes),
+        };
+        let (ip, payload) = IpHeaders::from_slice(rest).map_err(|error| error.to_string())?;
+        if payload.fragmented {
+            return Err("a fragment".to_owned());
+        }
+        if let IpHeaders::Ipv4(header, _) = &ip
+            && header.header_checksum != header.calc_header_checksum()
+        {
+            return Err("the IPv4 checksum is wrong".to_owned());
+        }
+        let (transport, body) = match payload.ip_number {
+            IpNumber::TCP => {
+                let (header, body) =
+                    TcpHeader::from_slice(payload.payload).map_err(|error| error.to_string())?;
+                (Transport::Tcp(header), body)
+            }
+            IpNumber::UDP => {
+                let (header, body) =
+                    UdpHeader::from_slice(payload.payload).map_err(|error| error.to_string())?;
+                if usize::from(header.length) != payload.payload.len() {
+                    return Err("UDP's length is not the packet's".to_owned());
+                }
+                let has_checksum = header.checksum != 0;
+                (Transport::Udp(header, has_checksum), body)
+            }
+            other => return Err(format!("protocol {}", other.0)),
+        };
+        let frame = Self { ethernet, ip, transport, payload: body.to_vec() };
+        let anew = frame.bytes();
+        let length = link.header_length() + frame.ip.header_len() + payload.payload.len();
+        if !same(&anew, &bytes[..length.min(bytes.len())], frame.checksums()) {
+            return Err(format!("the transport checksum is wrong: {anew:02x?} expected, {bytes:02x?} found"));
+        }
+        Ok(frame)
+    }
+
+    /// Where its checksums lie.
+    fn checksums(&self) -> [Option<usize>; 2] {
+        let network = if self.ethernet.is_some() { Ethernet2Header::LEN } else { 0 };
+        let transport = network + self.ip.header_len();
+        let at = match &self.transport {
+            Transport::Tcp(_) => Some(transport + 16),
+            Transport::Udp(_, true) => Some(transport + 6),
+            Transport::Udp(_, false) => None,
+        };
+        [matches!(self.ip, IpHeaders::Ipv4(..)).then_some(network + 10), at]
+    }
+
+    /// Whether these are this packet's bytes. Of a checksum, both forms of zero in one's complement are right; an
+    /// incremental update can give either.
+    pub fn is(&self, bytes: &[u8]) -> bool {
+        same(&self.bytes(), bytes, self.checksums())
+    }
+}
+
+impl Transport {
+    fn bytes(&self, ip: &IpHeaders, payload: &[u8]) -> Vec<u8> {
+        match self {
+            Self::Tcp(header) => {
+                let mut header = header.clone();
+                header.checksum = match ip {
+                    IpHeaders::Ipv4(ip, _) => header.calc_checksum_ipv4(ip, payload),
+                    IpHeaders::Ipv6(ip, _) => header.calc_checksum_ipv6(ip, payload),
+                }
+                .expect("a packet is at most 64 KiB");
+                header.to_bytes().to_vec()
+            }
+            Self::Udp(header, has_checksum) => {
+                let mut header = header.clone();
+                header.length = (UdpHeader::LEN + payload.len()) as u16;
+                header.checksum = match (has_checksum, ip) {
+                    (false, _) => 0,
+                    (true, IpHeaders::Ipv4(ip, _)) => {
+                        header.calc_checksum_ipv4(ip, payload).expect("a packet is at most 64 KiB")
+                    }
+                    (true, IpHeaders::Ipv6(ip, _)) => {
+                        header.calc_checksum_ipv6(ip, payload).expect("a packet is at most 64 KiB")
+                    }
+                };
+                header.to_bytes().to_vec()
+            }
+        }
+    }
+}
+
+fn same(one: &[u8], other: &[u8], checksums: [Option<usize>; 2]) -> bool {
+    if one == other {
+        return true;
+    }
+    if one.len() != other.len() {
+        return false;
+    }
+    let zero = |bytes: &[u8]| matches!(bytes, [0, 0] | [0xff, 0xff]);
+    let (mut one, mut other) = (one.to_vec(), other.to_vec());
+    for at in checksums.into_iter().flatten() {
+        if zero(&one[at..at + 2]) && zero(&other[at..at + 2]) {
+            one[at..at + 2].fill(0);
+            other[at..at + 2].fill(0);
+        }
+    }
+    one == other
+}
+
+fn set_flags(header: &mut TcpHeader, flags: u8) {
+    header.fin = flags & FIN != 0;
+    header.syn = flags & SYN != 0;
+    header.rst = flags & RST != 0;
+    header.psh = flags & PSH != 0;
+    header.ack = flags & ACK != 0;
+}
+
+fn flags(header: &TcpHeader) -> u8 {
+    header.to_bytes()[13]
+}

@@ -1,0 +1,8 @@
+//! The loaded packet programs under BPF_PROG_TEST_RUN, and the same decision on the host: no packet leaves this
+//! process, and no program is attached.
+
+mod cluster;
+mod frame;
+mod table;
+mod verifier;
+mod world;

@@ -1,0 +1,369 @@
+//! The loaded programs over maps that the agent's own code fills, and the same decision on the host, side by side.
+
+use std::{collections::BTreeMap, net::SocketAddr, os::fd::AsFd as _, time::SystemTime};
+
+use aya::{
+    maps::{HashMap, Map, MapData},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use kproxy::{
+    maps::{
+        Reconciler,
+        kernel::KernelMaps,
+        memory::{FlowView, Flows},
+    },
+    model::{Change, Model, NodeConfig, parse},
+    programs::{Capacities, Programs},
+};
+use kproxy_common::{
+    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, MAX_CIDRS, PacketVerdict, Protocol,
+    Reason, map_names, on_egress, on_ingress,
+};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::{
+    cluster::{CLUSTER_CIDRS, Family, NODE_NAME, SERVICE_CIDRS, Service, Who},
+    frame::{Frame, Link},
+};
+
+/// The first of the ports that clients are masked with, and how many there are.
+pub const MASK_PORTS: (u16, u16) = (61_000, 4_000);
+
+/// An interface of the namespace that tests run in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Device {
+    /// Towards other nodes and the outside; it has the node's address.
+    Uplink,
+    /// Another such one, with an address of its own.
+    Aside,
+    /// Towards a pod of this node.
+    Pod,
+}
+
+/// A hook: where a packet is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum At {
+    In(Device),
+    Out(Device),
+}
+
+/// What a program said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    Next,
+    Drop,
+}
+
+/// A packet after a program.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Outcome {
+    pub action: Action,
+    pub bytes: Vec<u8>,
+}
+
+pub struct World {
+    programs: Programs,
+    maps: KernelMaps,
+    model: Model,
+    reconciler: Reconciler,
+    config: Config,
+    host: Flows,
+    devices: [u32; 3],
+    is_synced: bool,
+    buffer: Vec<u8>,
+}
+
+/// Runs a test where it can be run: as root, in a network namespace that ends with it.
+pub fn in_world(capacities: Capacities, test: impl FnOnce(&mut World) + Send) {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: loading programs takes root");
+        return;
+    }
+    std::thread::scope(|scope| {
+        let run = || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root can make a network namespace");
+            test(&mut World::new(capacities));
+        };
+        if let Err(panic) = scope.spawn(run).join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// Enough for every test that is not about room.
+pub const ROOM: Capacities = Capacities { frontends: 512, backends: 4_096, flows: 65_536 };
+
+impl World {
+    fn new(capacities: Capacities) -> Self {
+        let devices = make_devices();
+        let mut programs = Programs::load_unpinned(&capacities).expect("the programs load");
+        let object = programs.object();
+        let maps = KernelMaps::from_fds(|name| {
+            let map = object.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
+            data_of(map).fd().as_fd().try_clone_to_owned()
+        });
+        let mut maps = maps.expect("the maps are what this version expects");
+        let (tables, problems) = maps.restore().expect("the maps can be read");
+        assert!(problems.is_empty(), "{problems:?}");
+        let cidrs = |texts: [&str; 2]| texts.map(|text| parse::cidr(text).expect("a CIDR")).to_vec();
+        let node = [Family::V4, Family::V6].map(|family| Address::from(Who::Node.ip(family)));
+        let model = Model::new(NodeConfig {
+            node_name: NODE_NAME.to_owned(),
+            node_addresses: node.to_vec(),
+            cluster_cidrs: cidrs(CLUSTER_CIDRS),
+            service_cidrs: cidrs(SERVICE_CIDRS),
+            local_addresses: node.into_iter().collect(),
+            ..NodeConfig::default()
+        });
+        let table = |cidrs: Vec<Cidr>| {
+            let mut table = [Cidr::NONE; MAX_CIDRS];
+            for (place, cidr) in table.iter_mut().zip(cidrs) {
+                *place = cidr;
+            }
+            table
+        };
+        let config = Config {
+            host_netns_cookie: 1,
+            udp_timeout: 180_000_000_000,
+            hash_seed: [0x0bad_cafe, 0x0011_2233],
+            loopback_node_ports: 1,
+            remember_peer: 1,
+            mask_ports_first: MASK_PORTS.0.into(),
+            mask_ports_count: MASK_PORTS.1.into(),
+            service_cidrs: table(cidrs(SERVICE_CIDRS)),
+            cluster_cidrs: table(cidrs(CLUSTER_CIDRS)),
+        };
+        maps.write_config(&config).expect("the configuration is written");
+        let addresses = [Who::Node, Who::NodeAside, Who::Node];
+        let addresses = devices.into_iter().zip(addresses);
+        let of = |who: Who, family| Some(who.ip(family));
+        let both = addresses.clone().map(|(index, who)| (index, (of(who, Family::V4), of(who, Family::V6))));
+        programs.mask_addresses(&both.collect()).expect("the interfaces' addresses are written");
+        let mut host = Flows::default();
+        host.devices = addresses
+            .map(|(index, who)| {
+                let of = |family| Address::from(who.ip(family));
+                (index, DeviceAddresses { v4: of(Family::V4), v6: of(Family::V6) })
+            })
+            .collect();
+        Self {
+            programs,
+            maps,
+            model,
+            reconciler: Reconciler::new(tables),
+            config,
+            host,
+            devices,
+            is_synced: false,
+            buffer: vec![0; 70_000],
+        }
+    }
+
+    /// These Services are there now.
+    pub fn have(&mut self, services: &[Service]) {
+        self.apply(services.iter().flat_map(Service::changes));
+    }
+
+    /// These are gone.
+    pub fn lose(&mut self, services: &[Service]) {
+        self.apply(services.iter().flat_map(Service::gone));
+    }
+
+    fn apply(&mut self, changes: impl Iterator<Item = Change>) {
+        changes.for_each(|change| self.model.apply(change));
+        let update = self.model.recompute();
+        assert_eq!(update.new_problems, [], "the cluster is as it should be");
+        let now = SystemTime::now();
+        if std::mem::replace(&mut self.is_synced, true) {
+            self.reconciler.want(update.services, now);
+        } else {
+            let all = update.services.into_iter().filter_map(|(key, wanted)| Some((key, wanted?)));
+            self.reconciler.want_all(all.collect(), now);
+        }
+        if let Some(node) = update.node {
+            self.reconciler.want_node_addresses(node.node_port_addresses, now);
+        }
+        let report = self.reconciler.run(&mut self.maps, now);
+        assert!(report.failed.is_empty(), "{:?}", report.failed);
+        self.reconciler.settle(&mut self.maps, now);
+    }
+
+    pub fn index(&self, device: Device) -> u32 {
+        self.devices[device as usize]
+    }
+
+    /// Runs a program on these bytes, and nothing else.
+    pub fn run(&mut self, at: At, link: Link, bytes: &[u8]) -> Outcome {
+        let (name, index) = (program(at, link), self.index(device(at)));
+        let program = self.programs.object().program(name).expect("the program is in the object");
+        let program: &SchedClassifier = program.try_into().expect("it is a classifier");
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(bytes),
+                data_out: Some(&mut self.buffer),
+                ctx_in: Some(&context(index)),
+                ..TestRunOptions::new()
+            })
+            .unwrap_or_else(|error| panic!("{name} does not run on {bytes:02x?}: {error}"));
+        let action = match result.return_value as i32 {
+            -1 => Action::Next,
+            2 => Action::Drop,
+            other => panic!("{name} returned {other} for {bytes:02x?}"),
+        };
+        Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
+    }
+
+    /// What the host decides about this packet, having met all packets before.
+    pub fn decide(&mut self, at: At, frame: &Frame) -> PacketVerdict {
+        self.host.now = now();
+        let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
+        let meta = frame.meta();
+        match at {
+            At::In(Device::Pod) => on_ingress(&view, &meta, ClientKind::Pod),
+            At::In(Device::Uplink | Device::Aside) => on_ingress(&view, &meta, ClientKind::Outside),
+            At::Out(device) => on_egress(&view, &meta, self.devices[device as usize]),
+        }
+    }
+
+    /// Lets the program and the host decide about this packet, both must agree to the last bit. The verdict, and
+    /// the packet as it goes on, if it does.
+    pub fn meet(&mut self, at: At, link: Link, frame: &Frame) -> (PacketVerdict, Option<Frame>) {
+        let bytes = frame.bytes();
+        let before = self.reasons();
+        let outcome = self.run(at, link, &bytes);
+        let verdict = self.decide(at, frame);
+        let about = || format!("{at:?} {link:?} {} to {}: {verdict:?}", frame.source(), frame.destination());
+        let (action, expected, reason) = match verdict {
+            PacketVerdict::Pass { reason } => (Action::Next, frame.clone(), reason),
+            PacketVerdict::Drop { reason } => (Action::Drop, frame.clone(), reason),
+            PacketVerdict::SetDestination { address, port } => {
+                let to = SocketAddr::new(address.into(), port);
+                (Action::Next, frame.clone().with_destination(to), Reason::Forwarded)
+            }
+            PacketVerdict::SetSource { address, port } => {
+                let from = SocketAddr::new(address.into(), port);
+                (Action::Next, frame.clone().with_source(from), Reason::Forwarded)
+            }
+        };
+        assert_eq!(outcome.action, action, "{}", about());
+        if matches!(verdict, PacketVerdict::Pass { .. } | PacketVerdict::Drop { .. }) {
+            assert_eq!(outcome.bytes, bytes, "{}", about());
+        } else if !expected.is(&outcome.bytes) {
+            let read = Frame::read(link, &outcome.bytes);
+            panic!("{}:\n{:02x?} expected\n{:02x?}, {read:?}", about(), expected.bytes(), outcome.bytes);
+        }
+        let counted = self.reasons().into_iter().filter(|(reason, count)| before[reason] != *count);
+        let counted: Vec<_> = counted.map(|(reason, count)| (reason, count - before[&reason])).collect();
+        let is_counted = !matches!(reason, Reason::NotAService | Reason::NoFlow);
+        assert_eq!(counted, Vec::from_iter(is_counted.then_some((reason, 1))), "{}", about());
+        (verdict, (action == Action::Next).then_some(expected))
+    }
+
+    /// How often each verdict was given, by its reason.
+    pub fn reasons(&self) -> BTreeMap<Reason, u64> {
+        let reasons = self.maps.reasons().expect("the counters can be read");
+        reasons.into_iter().map(|(reason, cpus)| (reason, cpus.iter().sum())).collect()
+    }
+
+    /// The entries in `flow` or `flow_transient`.
+    pub fn entries(&mut self, map: &'static str) -> BTreeMap<FlowKey, Flow> {
+        let map = self.programs.object().map(map).expect("the map is in the object");
+        let map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
+        map.iter().map(|entry| entry.expect("it can be read")).map(flow_of).collect()
+    }
+
+    /// Both tables of flows are the host's, but for times.
+    pub fn compare_flows(&mut self) {
+        let timeless = |entries: BTreeMap<FlowKey, Flow>| -> BTreeMap<FlowKey, Flow> {
+            entries.into_iter().map(|(key, flow)| (key, Flow { last_seen: 0, ..flow })).collect()
+        };
+        assert_eq!(timeless(self.entries(map_names::FLOW)), timeless(self.host.established()));
+        assert_eq!(timeless(self.entries(map_names::FLOW_TRANSIENT)), timeless(self.host.transient()));
+    }
+}
+
+/// The program that runs at a hook.
+pub fn program(at: At, link: Link) -> &'static str {
+    match (at, link) {
+        (At::In(Device::Pod), Link::Ethernet) => "pod_in_eth",
+        // Devices without an Ethernet header never lead to a pod.
+        (At::In(Device::Pod), Link::Ip) => panic!("no such program"),
+        (At::In(_), Link::Ethernet) => "outside_in_eth",
+        (At::In(_), Link::Ip) => "outside_in_ip",
+        (At::Out(_), Link::Ethernet) => "out_eth",
+        (At::Out(_), Link::Ip) => "out_ip",
+    }
+}
+
+fn device(at: At) -> Device {
+    match at {
+        At::In(device) | At::Out(device) => device,
+    }
+}
+
+/// `struct __sk_buff` with an interface and nothing else.
+pub fn context(index: u32) -> [u8; 192] {
+    const IFINDEX: usize = 40;
+    let mut context = [0; 192];
+    context[IFINDEX..IFINDEX + 4].copy_from_slice(&index.to_ne_bytes());
+    context
+}
+
+fn flow_of((key, flow): ([u8; 40], [u8; 64])) -> (FlowKey, Flow) {
+    let address = |bytes: &[u8]| Address::new(bytes.try_into().expect("16 octets"));
+    let u16_at = |bytes: &[u8], at| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+    let u32_at =
+        |bytes: &[u8], at| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let key = FlowKey {
+        source: address(&key[..16]),
+        destination: address(&key[16..32]),
+        source_port: u16_at(&key, 32),
+        destination_port: u16_at(&key, 34),
+        protocol: Protocol::try_from(key[36]).expect("a protocol"),
+        hook: kproxy_common::Hook::try_from(key[37]).expect("a hook"),
+        _pad: u16_at(&key, 38),
+    };
+    let flow = Flow {
+        address: address(&flow[..16]),
+        companion: address(&flow[16..32]),
+        port: u16_at(&flow, 32),
+        companion_port: u16_at(&flow, 34),
+        state: kproxy_common::FlowState::try_from(flow[36]).expect("a state"),
+        role: kproxy_common::Role::try_from(flow[37]).expect("a role"),
+        _pad: u16_at(&flow, 38),
+        number: u32_at(&flow, 40),
+        service: u32_at(&flow, 44),
+        slot: u32_at(&flow, 48),
+        _pad2: u32_at(&flow, 52),
+        last_seen: u64::from(u32_at(&flow, 56)) | u64::from(u32_at(&flow, 60)) << 32,
+    };
+    (key, flow)
+}
+
+fn now() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+}
+
+/// Pairs of interfaces, of which the near ends are the node's.
+fn make_devices() -> [u32; 3] {
+    ["uplink", "aside", "pod"].map(|name| {
+        let made = std::process::Command::new("ip")
+            .args(["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-far")])
+            .status()
+            .expect("iproute2 is installed");
+        assert!(made.success(), "cannot make the interface {name}");
+        nix::net::if_::if_nametoindex(name).expect("it was just made")
+    })
+}
+
+fn data_of(map: &Map) -> &MapData {
+    match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data) => data,
+        other => panic!("a map of an unexpected kind: {other:?}"),
+    }
+}
