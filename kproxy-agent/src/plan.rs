@@ -6,8 +6,11 @@
 //! - Backends are written only into slots that no word points at, before any word does.
 //! - What changes under a number changes by single stores of 64-bit words, each of which is a whole truth.
 //! - Hash maps are inserted into and deleted from, never replaced: inserts first, deletes last.
-//! - What was taken out of use (numbers, slots, source ranges) is used again, or deleted, only after a grace
-//!   period; so is a hash map that had deletions, before its next insert. [`settle`] plans what follows one.
+//! - What was taken out of use (numbers, slots, source ranges that nothing asks for) is used again, or deleted,
+//!   only after a grace period; so is a hash map that had deletions, before its next insert. [`settle`] plans what
+//!   follows one.
+//! - A source range that a frontend loses while it keeps others goes at once: who was let in by it alone is not
+//!   to be let in by a program that runs now either.
 //!
 //! A number belongs to its frontend as long as that exists, also when the frontend moves to another Service.
 
@@ -141,7 +144,7 @@ pub enum Step {
     DeleteAddresses(Vec<Op<Address>>),
     /// Wait until no program holds anything that it read before.
     Grace,
-    /// Source ranges that no program asks for any more.
+    /// Source ranges that no program asks for any more, or whose clients are not let in any more.
     DeleteSourceRanges(Vec<Op<SourceRangeKey>>),
     /// Entries of numbers without a frontend to unused: the numbers are free then.
     FreeNumbers(Vec<Op<u32>>),
@@ -331,6 +334,7 @@ struct Lengths {
     addresses: usize,
     adopted_addresses: usize,
     retired_ranges: usize,
+    deleted_ranges: usize,
     deleted_frontends: usize,
     deleted_addresses: usize,
 }
@@ -348,6 +352,7 @@ struct Writes {
     addresses: Vec<Op<(Address, AddressKind)>>,
     adopted_addresses: Vec<Op<Address>>,
     retired_ranges: Vec<Op<SourceRangeKey>>,
+    deleted_ranges: Vec<Op<SourceRangeKey>>,
     deleted_frontends: Vec<Op<FrontendKey>>,
     deleted_addresses: Vec<Op<Address>>,
 }
@@ -365,6 +370,7 @@ impl Writes {
             addresses: self.addresses.len(),
             adopted_addresses: self.adopted_addresses.len(),
             retired_ranges: self.retired_ranges.len(),
+            deleted_ranges: self.deleted_ranges.len(),
             deleted_frontends: self.deleted_frontends.len(),
             deleted_addresses: self.deleted_addresses.len(),
         }
@@ -383,6 +389,7 @@ impl Writes {
             addresses,
             adopted_addresses,
             retired_ranges,
+            deleted_ranges,
             deleted_frontends,
             deleted_addresses,
         } = *lengths;
@@ -396,6 +403,7 @@ impl Writes {
         self.addresses.truncate(addresses);
         self.adopted_addresses.truncate(adopted_addresses);
         self.retired_ranges.truncate(retired_ranges);
+        self.deleted_ranges.truncate(deleted_ranges);
         self.deleted_frontends.truncate(deleted_frontends);
         self.deleted_addresses.truncate(deleted_addresses);
     }
@@ -414,6 +422,7 @@ impl Writes {
         push(&mut steps, self.addresses, Step::InsertAddresses);
         push(&mut steps, self.adopted_addresses, Step::AdoptAddresses);
         push(&mut steps, self.retired_ranges, Step::RetireSourceRanges);
+        push(&mut steps, self.deleted_ranges, Step::DeleteSourceRanges);
         push(&mut steps, self.deleted_frontends, Step::DeleteFrontends);
         push(&mut steps, self.deleted_addresses, Step::DeleteAddresses);
         steps

@@ -81,7 +81,8 @@ pub struct Memory {
     left: BTreeSet<u32>,
     /// Numbers that a frontend led to since the last grace period.
     reached: BTreeSet<u32>,
-    /// Of these, those where a word that asks for source ranges was replaced since the last grace period.
+    /// Of these, those where a word that asks for source ranges was replaced by one that does not since the last
+    /// grace period.
     asked: BTreeSet<u32>,
 }
 
@@ -267,7 +268,8 @@ impl MapWriter for Memory {
         self.leave(number, word, old);
         let asked = |side: Side| side.has(Options::SOURCE_RANGES);
         let is_side = matches!(word, Word::Inside | Word::Outside);
-        if is_side && self.reached.contains(&number) && Side::from_word(old).is_ok_and(asked) {
+        let [before, after] = [old, value].map(|value| Side::from_word(value).is_ok_and(asked));
+        if is_side && self.reached.contains(&number) && before && !after {
             self.asked.insert(number);
         }
         self.log.push(Write::Word(number, word));

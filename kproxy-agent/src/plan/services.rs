@@ -353,7 +353,8 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Ranges are there before a word asks for them, and until a grace period after none does any more.
+    /// Ranges are there before a word asks for them, and until a grace period after none does any more. Those
+    /// that go while others stay go with the change itself: afterwards nobody is let in who should not be.
     fn plan_ranges(
         &mut self,
         index: usize,
@@ -365,9 +366,20 @@ impl Planner<'_> {
         let wanted: BTreeSet<SourceRangeKey> =
             ranges.map(|range| SourceRangeKey::new(number, &canonical(range))).collect();
         let mut changed = false;
-        for key in self.tables.source_ranges(number).filter(|key| !wanted.contains(key)) {
-            if !self.tables.retired_ranges.contains(key) {
-                self.writes.retired_ranges.push(Op { party: index, write: *key });
+        let stale: Vec<_> =
+            self.tables.source_ranges(number).filter(|key| !wanted.contains(key)).copied().collect();
+        if asked && !stale.is_empty() && !self.tables.asks_for_ranges(number) {
+            // Left from a time before the word stopped asking, which a program may still hold: they would come
+            // into force again.
+            self.tables.retired_ranges.extend(stale);
+            return Err(Obstacle::NeedsGrace);
+        }
+        for write in stale {
+            if asked {
+                self.writes.deleted_ranges.push(Op { party: index, write });
+                changed = true;
+            } else if !self.tables.retired_ranges.contains(&write) {
+                self.writes.retired_ranges.push(Op { party: index, write });
                 changed = true;
             }
         }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use kproxy_common::{
-    Address, AddressKind, Backend, FrontendKey, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo,
-    SourceRangeKey,
+    Address, AddressKind, Backend, FrontendKey, Options, Protocol, ServiceEntry, ServiceIdentity,
+    ServiceInfo, Side, SourceRangeKey,
 };
 
 use super::{
@@ -212,6 +212,14 @@ impl Tables {
     /// `source_range`: the ranges of one number.
     pub fn source_ranges(&self, number: u32) -> impl Iterator<Item = &SourceRangeKey> {
         self.source_range.get(&number).into_iter().flatten()
+    }
+
+    /// Whether a word of this number asks for source ranges.
+    pub(super) fn asks_for_ranges(&self, number: u32) -> bool {
+        let words = self.words(number);
+        [Word::Inside, Word::Outside].into_iter().any(|word| {
+            Side::from_word(words[word as usize]).is_ok_and(|side| side.has(Options::SOURCE_RANGES))
+        })
     }
 
     /// The Services that have something in the tables, in no order.

@@ -329,6 +329,24 @@ fn source_ranges_are_there_as_long_as_anyone_asks() {
 }
 
 #[test]
+fn a_source_range_that_is_taken_away_does_not_count_any_more_when_the_change_is_done() {
+    let mut agent = Agent::new(CAPACITY);
+    let ranges = |lengths: &[u32]| with_ranges(service("a", &[1], &[1]), lengths);
+    let present = |agent: &Agent| agent.memory.source_ranges().len();
+    agent.change([("a", ranges(&[8, 16]))]);
+    agent.try_change([("a", ranges(&[16]))]);
+    assert_eq!(present(&agent), 1, "narrowed, before anything is settled");
+    agent.try_change([("a", ranges(&[24]))]);
+    assert_eq!(present(&agent), 1, "one in the place of the other");
+
+    // Open to all, and closed again before what nobody asked for was deleted.
+    agent.try_change([("a", service("a", &[1], &[1]))]);
+    assert_eq!(present(&agent), 1, "a program may still ask");
+    agent.try_change([("a", ranges(&[8]))]);
+    assert_eq!(present(&agent), 1, "the one of before does not come back");
+}
+
+#[test]
 fn a_grace_period_lies_between_a_deletion_and_an_insertion() {
     let mut agent = Agent::new(CAPACITY);
     agent.change([("a", service("a", &[1], &[1])), ("b", service("b", &[1], &[2]))]);
