@@ -80,6 +80,9 @@ proptest! {
                 prop_assert_eq!(side(&frontend.inside, port), naive.inside, "inside {:?}", frontend.key);
                 prop_assert_eq!(side(&frontend.outside, port), naive.outside, "outside {:?}", frontend.key);
                 prop_assert_eq!(port.affinity_timeout, naive.affinity_timeout, "{:?}", frontend.key);
+                let (asks, host) = (Options::SOURCE_RANGES, Options::HOST_IN_RANGES);
+                let is_host_let_in = frontend.inside.options & (asks | host) != asks;
+                prop_assert_eq!(is_host_let_in, naive.lets_host_in, "{:?} from the host", frontend.key);
                 let serving: BTreeSet<_> = port.backends.iter().map(|b| (b.address, b.port)).collect();
                 prop_assert_eq!(serving.len(), port.backends.len(), "each backend once");
                 prop_assert_eq!(serving, naive.serving, "{:?}", frontend.key);

@@ -163,8 +163,16 @@ pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
         Mode::LocalAddress => return Resolution::Pass { reason: Reason::LocalAddress, number: some },
         Mode::Forward | Mode::Reject | Mode::Drop | Mode::PassThroughPods | Mode::PassThroughHost => {}
     }
-    if side.has(Options::SOURCE_RANGES) {
+    // The host is its node address, whatever a socket is bound to or a packet has been given: so sockets and
+    // packets agree, and none leaves untranslated here what was dropped there.
+    let host_bits = Options::SOURCE_RANGES | Options::HOST_IN_RANGES;
+    if matches!(kind, ClientKind::Host) {
+        if side.options() & host_bits == Options::SOURCE_RANGES {
+            return Resolution::Drop { reason: Reason::SourceRange, number: some };
+        }
+    } else if side.has(Options::SOURCE_RANGES) {
         let client = &connection.client.address;
+        // A pod's address is known where its packets come in.
         if client.is_unspecified() {
             return Resolution::Pass { reason: Reason::LeftToPackets, number: some };
         }

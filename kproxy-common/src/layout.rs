@@ -273,6 +273,9 @@ impl Options {
     pub const MASQUERADE: u8 = 1 << 2;
     /// The client's address is masked where the backend is on another node.
     pub const MASQUERADE_REMOTE: u8 = 1 << 3;
+    /// With [`Options::SOURCE_RANGES`]: they contain an address of this node, so that the host may use it. A socket
+    /// has no source address yet when it is asked about.
+    pub const HOST_IN_RANGES: u8 = 1 << 4;
 }
 
 /// What a frontend does for one side. Eight bytes, aligned, written by one store and read by one load, so

@@ -21,6 +21,7 @@ mod reach;
 mod restart;
 mod safety;
 mod sockets;
+mod source_ranges;
 mod workers;
 
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
+    (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),
     (kproxy, commands::SCENARIOS),

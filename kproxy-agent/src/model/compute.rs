@@ -66,7 +66,7 @@ pub fn compute(
         problems.add(ProblemKind::ClaimedTwice, field(frontend), message);
         false
     });
-    let ranges = Family::ALL.map(|family| source_ranges(service, family, context.node_addresses));
+    let ranges = Family::ALL.map(|family| SourceRanges::of(service, family, context.node_addresses));
     let of_one_port = |a: &Frontend, b: &Frontend| a.port == b.port && family(a) == family(b);
     let ports: Vec<_> = claimed
         .chunk_by(of_one_port)
@@ -102,7 +102,7 @@ fn wanted_port(
     service: &Service,
     frontends: &[Frontend],
     slices: &BTreeMap<Box<str>, EndpointSlice>,
-    ranges: &[Vec<Cidr>; 2],
+    ranges: &[SourceRanges; 2],
     context: &Context<'_>,
     problems: &mut Problems,
 ) -> WantedPort {
@@ -143,22 +143,23 @@ fn wanted_frontend(
     rule: Rule,
     service: &Service,
     sets: &EndpointSets,
-    ranges: &[Cidr],
+    ranges: &SourceRanges,
 ) -> WantedFrontend {
     let is_passed_through = rule.pass_through.is_some_and(|decision| decision.is_on);
     let is_restricted =
-        frontend.kind == FrontendKind::LoadBalancer && !is_passed_through && !ranges.is_empty();
+        frontend.kind == FrontendKind::LoadBalancer && !is_passed_through && !ranges.list.is_empty();
     let mut options = if service.affinity_timeout > 0 { Options::AFFINITY } else { 0 };
     if is_restricted {
         options |= Options::SOURCE_RANGES;
     }
+    let host = if is_restricted && ranges.contain_node { Options::HOST_IN_RANGES } else { 0 };
     WantedFrontend {
         key: frontend.key,
         kind: frontend.kind,
         policy: policy(frontend.kind, service),
-        inside: rule.inside.wanted(sets, options),
+        inside: rule.inside.wanted(sets, options | host),
         outside: rule.outside.wanted(sets, options),
-        source_ranges: if is_restricted { ranges.to_vec() } else { Vec::new() },
+        source_ranges: if is_restricted { ranges.list.clone() } else { Vec::new() },
         pass_through_rule: rule.pass_through.map_or(PassThroughRule::NotApplicable, |decision| decision.rule),
     }
 }
@@ -314,28 +315,38 @@ fn wanted_addresses(
     wanted
 }
 
-/// Who may use the load-balancer addresses of one family; empty: everyone.
-fn source_ranges(service: &Service, family: Family, node_addresses: &[Address]) -> Vec<Cidr> {
-    let is_of_family = |address: &Address| Family::of(address) == family;
-    let mut ranges: Vec<Cidr> =
-        service.source_ranges.iter().copied().filter(|r| is_of_family(&r.address())).collect();
-    let whole_family = match family {
-        Family::V4 => 96,
-        Family::V6 => 0,
-    };
-    if ranges.iter().any(|range| range.prefix_length() == whole_family) {
-        return Vec::new();
+/// Who may use the load-balancer addresses of one family.
+struct SourceRanges {
+    /// Empty: everyone.
+    list: Vec<Cidr>,
+    /// Whether an address of this node is among them: then the host may, by sockets too.
+    contain_node: bool,
+}
+
+impl SourceRanges {
+    fn of(service: &Service, family: Family, node_addresses: &[Address]) -> Self {
+        let is_of_family = |address: &Address| Family::of(address) == family;
+        let mut list: Vec<Cidr> =
+            service.source_ranges.iter().copied().filter(|r| is_of_family(&r.address())).collect();
+        let whole_family = match family {
+            Family::V4 => 96,
+            Family::V6 => 0,
+        };
+        if list.iter().any(|range| range.prefix_length() == whole_family) {
+            return Self { list: Vec::new(), contain_node: false };
+        }
+        let mut own = node_addresses.iter().filter(|address| is_of_family(address));
+        let contain_node = own.any(|address| list.iter().any(|range| range.contains(address)));
+        if contain_node {
+            // What a node sends to a load-balancer address that stands on one of its interfaces has that very
+            // address as its source.
+            let load_balancers = service.load_balancers.iter().map(|load_balancer| load_balancer.address);
+            list.extend(load_balancers.filter(is_of_family).map(|address| Cidr::new(address, 128)));
+            list.sort_by_key(|range| (range.address(), range.prefix_length()));
+            list.dedup();
+        }
+        Self { list, contain_node }
     }
-    // What a node sends to a load-balancer address that stands on one of its interfaces has that very address
-    // as its source.
-    let own = node_addresses.iter().filter(|address| is_of_family(address));
-    if own.into_iter().any(|address| ranges.iter().any(|range| range.contains(address))) {
-        let load_balancers = service.load_balancers.iter().map(|load_balancer| load_balancer.address);
-        ranges.extend(load_balancers.filter(is_of_family).map(|address| Cidr::new(address, 128)));
-        ranges.sort_by_key(|range| (range.address(), range.prefix_length()));
-        ranges.dedup();
-    }
-    ranges
 }
 
 fn report_ranges_not_enforced(

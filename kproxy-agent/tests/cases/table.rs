@@ -90,6 +90,7 @@ fn side(side: &WantedSide, port: &WantedPort) -> String {
     let names = [
         (Options::AFFINITY, "AFFINITY"),
         (Options::SOURCE_RANGES, "SOURCE_RANGES"),
+        (Options::HOST_IN_RANGES, "HOST_IN_RANGES"),
         (Options::MASQUERADE, "MASQUERADE"),
         (Options::MASQUERADE_REMOTE, "MASQUERADE_REMOTE"),
     ];

@@ -25,6 +25,8 @@ pub struct Frontend {
     pub serving: Backends,
     /// Whether a client may use it.
     pub lets_in: Box<dyn Fn(&Address) -> bool>,
+    /// Whether the node itself may, as one of its own addresses.
+    pub lets_host_in: bool,
 }
 
 /// What it should do for one side.
@@ -265,6 +267,13 @@ fn decide(
         _ => (to(false, 0), to(false, Options::MASQUERADE_REMOTE)),
     };
     let serving = endpoints.iter().filter(|(_, e)| ready(e) || serving(e)).map(|(at, _)| *at).collect();
+    let is_restricted = kind == FrontendKind::LoadBalancer && !passes;
+    let family = frontend.address();
+    let lets_in =
+        if is_restricted { lets_in(config, world, service, family) } else { Box::new(|_: &_| true) };
+    let node = node_addresses(config, world, family.is_v4());
+    // Who lets in any address lets in a node of which none is known, too.
+    let lets_host_in = lets_in(&family.any_of_family()) || node.iter().any(&lets_in);
     Frontend {
         service: key.clone(),
         kind,
@@ -276,11 +285,8 @@ fn decide(
             (true, _) => 10_800,
         },
         serving,
-        lets_in: if kind == FrontendKind::LoadBalancer && !passes {
-            lets_in(config, world, service, frontend.address())
-        } else {
-            Box::new(|_| true)
-        },
+        lets_in,
+        lets_host_in,
     }
 }
 
