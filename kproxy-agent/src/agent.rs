@@ -2,6 +2,7 @@
 //! one event after the other; sources and devices are tasks of their own.
 
 mod config;
+mod health_checks;
 mod host;
 mod sync;
 mod telemetry;
@@ -28,6 +29,7 @@ use crate::{
     programs::{Attached, Capacities, Programs, has_tcx, namespace_cookie},
     source::{Event, Source, kubernetes, manifests},
 };
+use health_checks::HealthChecks;
 use sync::Syncer;
 use telemetry::Telemetry;
 
@@ -69,9 +71,11 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let local = local_addresses(&first);
     let model = Model::new(config::model(&node_name, &args.node, &args.rules, local)?);
     let cookie = namespace_cookie().context("cannot tell this network namespace")?.unwrap_or(0);
+    let telemetry = Telemetry::start(args, &node_name, root)?;
     let mut agent = Agent {
         args,
         model,
+        health_checks: telemetry.health_checks(),
         syncer: Syncer::new(tables, maps),
         attached: Attached::new(root, !has_tcx())?,
         programs,
@@ -81,7 +85,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_synced: false,
         is_attached: false,
         failed_devices: BTreeMap::new(),
-        telemetry: Telemetry::start(args, &node_name, root)?,
+        telemetry,
     };
     tracing::info!(
         node = node_name,
@@ -115,6 +119,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
 struct Agent<'a> {
     args: &'a AgentArgs,
     model: Model,
+    health_checks: HealthChecks,
     syncer: Syncer<KernelMaps>,
     programs: Programs,
     attached: Attached,
@@ -162,7 +167,7 @@ impl Agent<'_> {
             return Ok(());
         }
         let started = Instant::now();
-        let update = self.model.recompute();
+        let mut update = self.model.recompute();
         let compute = started.elapsed();
         for problem in &update.new_problems {
             tracing::warn!(
@@ -186,6 +191,7 @@ impl Agent<'_> {
         if has_news {
             self.telemetry.queued();
         }
+        self.health_checks.note(std::mem::take(&mut update.health_checks), update.node.as_ref());
         let report = self.syncer.sync(update, SystemTime::now());
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
@@ -194,6 +200,8 @@ impl Agent<'_> {
         if is_first {
             self.attach()?;
         }
+        // After the first time's attaching: a load balancer that is answered sends at once.
+        self.health_checks.answer(|service| self.syncer.is_written(service));
         self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
         let (services, frontends) = (self.syncer.services(), self.syncer.frontends());
         let (writes, calls, failed) = (report.counts.writes(), report.calls, report.failed.len());

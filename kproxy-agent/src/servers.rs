@@ -18,7 +18,7 @@ mod routes;
 mod testing;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -32,7 +32,7 @@ pub use self::{
     configz::{KubeProxyConfiguration, configz},
     health::{FamilyReport, Health, HealthReport, Moment, TIMEOUT},
     health_checks::{HealthCheck, HealthCheckAnswer},
-    listeners::{HealthCheckListeners, ListenFailure},
+    listeners::{HealthCheckListeners, HealthCheckPorts, ListenFailure},
     metrics::{Changed, Metrics, PolicySide, ProblemOrigin, SyncKind},
     readings::{Read, Readings, ServiceCounters},
     routes::PROXY_MODE,
@@ -47,6 +47,8 @@ pub struct State(Arc<Inner>);
 struct Inner {
     health: Mutex<Health>,
     health_checks: Mutex<BTreeMap<u16, HealthCheck>>,
+    /// Where health checks should be answered and no listener can be bound.
+    unbound: Mutex<BTreeSet<SocketAddr>>,
     metrics: Metrics,
     configz: String,
 }
@@ -63,6 +65,7 @@ impl State {
         Self(Arc::new(Inner {
             health: Mutex::new(Health::new(families, now)),
             health_checks: Mutex::default(),
+            unbound: Mutex::default(),
             metrics,
             configz,
         }))
@@ -120,12 +123,28 @@ impl State {
         self.0.configz.clone()
     }
 
-    fn set_health_checks(&self, checks: BTreeMap<u16, HealthCheck>) {
-        *self.health_checks() = checks;
+    /// What is answered on this `healthCheckNodePort` from now on; `None`: no Service has it.
+    pub fn set_health_check(&self, port: u16, check: Option<HealthCheck>) {
+        let mut checks = self.health_checks();
+        match check {
+            Some(check) => checks.insert(port, check),
+            None => checks.remove(&port),
+        };
     }
 
     fn health_check_service(&self, port: u16) -> Option<ServiceKey> {
         self.health_checks().get(&port).map(|check| check.service.clone())
+    }
+
+    /// A health check's listener is open, or cannot be opened, or is not wanted any more.
+    fn set_bound(&self, address: SocketAddr, is_bound: bool) {
+        let mut unbound = self.0.unbound.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_bound {
+            unbound.remove(&address);
+        } else {
+            unbound.insert(address);
+        }
+        self.0.metrics.problems(ProblemOrigin::Server, [("health-check-node-port", unbound.len())]);
     }
 
     // What is locked is whole between any two statements, so a panic elsewhere does not spoil it.

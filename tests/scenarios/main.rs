@@ -11,6 +11,7 @@ mod devices;
 mod dumps;
 mod elb;
 mod flows;
+mod health_checks;
 mod input;
 mod kubernetes;
 mod live;
@@ -54,6 +55,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, dumps::SCENARIOS),
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),
+    (kproxy, health_checks::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
 ];
 

@@ -20,6 +20,7 @@ pub struct Service {
     internal_policy: &'static str,
     external_policy: &'static str,
     source_ranges: Vec<String>,
+    health_check_node_port: Option<u16>,
     endpoints: Vec<Endpoint>,
 }
 
@@ -70,6 +71,7 @@ impl Service {
             internal_policy: "Cluster",
             external_policy: "Cluster",
             source_ranges: Vec::new(),
+            health_check_node_port: None,
             endpoints: Vec::new(),
         }
     }
@@ -165,6 +167,12 @@ impl Service {
         self
     }
 
+    /// Sets the healthCheckNodePort.
+    pub fn health_check_node_port(mut self, port: u16) -> Self {
+        self.health_check_node_port = Some(port);
+        self
+    }
+
     /// Sets the creationTimestamp.
     pub fn created(mut self, time: &'static str) -> Self {
         self.created = Some(time);
@@ -209,6 +217,10 @@ impl Service {
         }
         if !self.source_ranges.is_empty() {
             spec["loadBalancerSourceRanges"] = json!(self.source_ranges);
+        }
+        // The API server refuses it where it means nothing.
+        if let Some(port) = self.health_check_node_port.filter(|_| self.external_policy == "Local") {
+            spec["healthCheckNodePort"] = json!(port);
         }
         let mut metadata = json!({
             "name": self.name,

@@ -6,7 +6,7 @@ use crate::{
     maps::{MapWriter, Reconciler, Report},
     model::Update,
     plan::Tables,
-    wanted::WantedService,
+    wanted::{ServiceKey, WantedService},
 };
 
 /// The reconciler and the maps that it writes.
@@ -49,6 +49,12 @@ impl<W: MapWriter> Syncer<W> {
     /// When something that failed is tried again.
     pub fn next_try(&self) -> Option<SystemTime> {
         self.reconciler.status().next_try()
+    }
+
+    /// Whether the maps hold everything that a Service wants.
+    pub fn is_written(&self, service: &ServiceKey) -> bool {
+        let status = self.reconciler.status().service(service);
+        status.is_none_or(|status| status.waiting_since().is_none())
     }
 
     /// The maps.

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Node;
 use kproxy_common::Reason;
 use serde_json::json;
 
+use super::health_checks::HealthChecks;
 use crate::{
     cli::AgentArgs,
     commands::UsageError,
@@ -17,8 +18,8 @@ use crate::{
     model::{Change, Model, objects::Family},
     plan::{Tables, split_name},
     servers::{
-        BindAddress, Changed, KubeProxyConfiguration, Metrics, Moment, ProblemOrigin, Readings, Servers,
-        ServiceCounters, State, SyncKind, configz,
+        BindAddress, Changed, HealthCheckListeners, KubeProxyConfiguration, Metrics, Moment, ProblemOrigin,
+        Readings, Servers, ServiceCounters, State, SyncKind, configz,
     },
     source::{PresentProblems, SourceProblem},
 };
@@ -56,6 +57,11 @@ impl Telemetry {
         let state = State::new(Family::ALL, Moment::now(), measured, configz(&configuration, own)?);
         let servers = Servers::start(&state, healthz, metrics);
         Ok(Self { state, source_problems: PresentProblems::default(), _servers: servers })
+    }
+
+    /// The Services' health checks; none is answered yet.
+    pub fn health_checks(&self) -> HealthChecks {
+        HealthChecks::new(self.state.clone(), HealthCheckListeners::new(self.state.clone(), |_| {}))
     }
 
     /// An object came, changed or went.

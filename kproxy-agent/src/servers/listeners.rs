@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    HealthCheck, State,
+    State,
     listen::{Bind, Listening, News, RETRY, listen},
     routes,
 };
@@ -35,6 +35,9 @@ pub struct HealthCheckListeners {
     retry: Duration,
 }
 
+/// All `healthCheckNodePort`s, and the families that each is answered over.
+pub type HealthCheckPorts = BTreeMap<u16, BTreeSet<Family>>;
+
 type OnFailure = Arc<dyn Fn(ListenFailure) + Send + Sync>;
 
 impl HealthCheckListeners {
@@ -44,16 +47,15 @@ impl HealthCheckListeners {
         Self { state, open: BTreeMap::new(), on_failure: Arc::new(on_failure), retry: RETRY }
     }
 
-    /// These are all health checks, by port, and all addresses that answer NodePorts (the unspecified one of a
-    /// family stands for all of it). Call it after the tables are written, so that no load balancer is sent
-    /// where nothing is served yet. Must be called in a tokio runtime.
+    /// These are all ports, and all addresses that answer NodePorts (the unspecified one of a family stands for all
+    /// of it). What they answer is the state's: [`State::set_health_check`]. Must be called in a tokio runtime.
     ///
     /// Returns when what is closed can be bound by others; what cannot be bound is tried in the background.
-    pub async fn sync(&mut self, checks: BTreeMap<u16, HealthCheck>, addresses: &BTreeSet<IpAddr>) {
-        let wanted = wanted(&checks, addresses);
-        self.state.set_health_checks(checks);
-        for (_, listening) in self.open.extract_if(.., |address, _| !wanted.contains(address)) {
+    pub async fn sync(&mut self, ports: &HealthCheckPorts, addresses: &BTreeSet<IpAddr>) {
+        let wanted = wanted(ports, addresses);
+        for (address, listening) in self.open.extract_if(.., |address, _| !wanted.contains(address)) {
             listening.close().await;
+            self.state.set_bound(address, true);
         }
         for address in wanted {
             self.open.entry(address).or_insert_with(|| {
@@ -72,13 +74,13 @@ impl fmt::Debug for HealthCheckListeners {
 }
 
 /// Where to listen.
-fn wanted(checks: &BTreeMap<u16, HealthCheck>, addresses: &BTreeSet<IpAddr>) -> BTreeSet<SocketAddr> {
-    let on_port = |(port, check): (&u16, &HealthCheck)| {
-        let of_service = |ip: &&IpAddr| check.local_endpoints.contains_key(&family(ip)) && !is_link_local(ip);
+fn wanted(ports: &HealthCheckPorts, addresses: &BTreeSet<IpAddr>) -> BTreeSet<SocketAddr> {
+    let on_port = |(port, families): (&u16, &BTreeSet<Family>)| {
+        let of_service = |ip: &&IpAddr| families.contains(&family(ip)) && !is_link_local(ip);
         let port = *port;
         addresses.iter().filter(of_service).map(move |ip| SocketAddr::new(*ip, port)).collect::<Vec<_>>()
     };
-    checks.iter().flat_map(on_port).collect()
+    ports.iter().flat_map(on_port).collect()
 }
 
 /// Link-local addresses mean nothing without an interface, cannot be bound so, and no load balancer is behind
@@ -93,6 +95,7 @@ fn family(ip: &IpAddr) -> Family {
 
 fn reporter(state: State, address: SocketAddr, on_failure: OnFailure) -> impl Fn(News<'_>) + Send + 'static {
     move |news| {
+        state.set_bound(address, matches!(news, News::Listening(_)));
         let Some(service) = state.health_check_service(address.port()) else {
             return;
         };
@@ -125,19 +128,19 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::servers::testing::{Response, get, state};
+    use crate::servers::{
+        HealthCheck,
+        testing::{Response, get, state},
+    };
 
     #[test]
     fn one_listener_for_each_port_and_address_of_the_services_families() {
-        let checks = BTreeMap::from([
-            (31000, check("both", &[(Family::V4, 0), (Family::V6, 1)])),
-            (31001, check("v6", &[(Family::V6, 1)])),
-        ]);
+        let ports = BTreeMap::from([(31000, Family::ALL.into()), (31001, [Family::V6].into())]);
         let ips = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "fe80::1"];
         let addresses = ips.map(|ip| ip.parse().unwrap()).into();
         let expected = ["192.0.2.1:31000", "192.0.2.2:31000", "[2001:db8::1]:31000", "[2001:db8::1]:31001"];
-        assert_eq!(wanted(&checks, &addresses), expected.map(|address| address.parse().unwrap()).into());
-        assert_eq!(wanted(&checks, &BTreeSet::new()), BTreeSet::new());
+        assert_eq!(wanted(&ports, &addresses), expected.map(|address| address.parse().unwrap()).into());
+        assert_eq!(wanted(&ports, &BTreeSet::new()), BTreeSet::new());
     }
 
     #[tokio::test]
@@ -146,7 +149,8 @@ mod tests {
         let mut listeners = HealthCheckListeners::new(state.clone(), |failure| panic!("{failure:?}"));
         let addresses = loopback();
         let counts = [(Family::V4, 2), (Family::V6, 0)];
-        listeners.sync([(port, check("web", &counts))].into(), &addresses).await;
+        state.set_health_check(port, check("web", &counts));
+        listeners.sync(&[(port, Family::ALL.into())].into(), &addresses).await;
         let v4 = open(&mut listeners, 0).await;
         let response = get(v4, "/anything?at=all").await;
         assert_eq!(response.status, 200);
@@ -160,23 +164,27 @@ mod tests {
         let Response { status, .. } = get(v6, "/").await;
         assert_eq!((status, v6.is_ipv6()), (503, true));
 
-        listeners.sync([(port, check("web", &[(Family::V4, 0)]))].into(), &addresses).await;
+        state.set_health_check(port, check("web", &[(Family::V4, 0)]));
+        listeners.sync(&[(port, [Family::V4].into())].into(), &addresses).await;
         let response = get(v4, "/").await;
         assert_eq!((response.status, response.header("x-load-balancing-endpoint-weight")), (503, Some("0")));
         assert!(TcpListener::bind(v6).is_ok(), "the family that the Service does not have is let go");
 
-        listeners.sync(BTreeMap::new(), &addresses).await;
+        listeners.sync(&BTreeMap::new(), &addresses).await;
         assert!(TcpListener::bind(v4).is_ok(), "the port is let go");
     }
 
     #[tokio::test]
     async fn a_port_that_changes_hands_stays_open() {
         let (state, port) = (state(), free_port());
-        let mut listeners = HealthCheckListeners::new(state, |failure| panic!("{failure:?}"));
+        let mut listeners = HealthCheckListeners::new(state.clone(), |failure| panic!("{failure:?}"));
         let addresses = loopback();
-        listeners.sync([(port, check("old", &[(Family::V4, 1)]))].into(), &addresses).await;
+        let ports = [(port, [Family::V4].into())].into();
+        state.set_health_check(port, check("old", &[(Family::V4, 1)]));
+        listeners.sync(&ports, &addresses).await;
         let address = open(&mut listeners, 0).await;
-        listeners.sync([(port, check("new", &[(Family::V4, 1)]))].into(), &addresses).await;
+        state.set_health_check(port, check("new", &[(Family::V4, 1)]));
+        listeners.sync(&ports, &addresses).await;
         let response = get(address, "/").await;
         assert!(response.body.contains("\"name\": \"new\""), "{}", response.body);
     }
@@ -186,27 +194,31 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
         let (told, mut failures) = mpsc::unbounded_channel();
-        let mut listeners = HealthCheckListeners::new(state(), move |failure| {
+        let state = state();
+        let mut listeners = HealthCheckListeners::new(state.clone(), move |failure| {
             told.send((failure.service.to_string(), failure.address, failure.error.kind())).unwrap();
         });
         listeners.retry = Duration::from_millis(5);
         let addresses = BTreeSet::from([address.ip()]);
-        listeners.sync([(address.port(), check("web", &[(Family::V4, 1)]))].into(), &addresses).await;
+        state.set_health_check(address.port(), check("web", &[(Family::V4, 1)]));
+        listeners.sync(&[(address.port(), [Family::V4].into())].into(), &addresses).await;
         let expected = ("default/web".to_owned(), address, io::ErrorKind::AddrInUse);
         assert_eq!(failures.recv().await, Some(expected));
+        let unbound =
+            |count| format!("kproxy_problems{{kind=\"health-check-node-port\",origin=\"server\"}} {count}\n");
+        assert!(state.metrics().exposition().unwrap().contains(&unbound(1)));
         // Time for some more attempts, none of which is to be told.
         tokio::time::sleep(listeners.retry * 10).await;
         drop(taken);
         assert_eq!(open(&mut listeners, 0).await, address);
         assert_eq!(get(address, "/").await.status, 200);
         assert!(failures.try_recv().is_err(), "it was told before");
+        assert!(state.metrics().exposition().unwrap().contains(&unbound(0)));
     }
 
-    fn check(name: &str, local_endpoints: &[(Family, u32)]) -> HealthCheck {
-        HealthCheck {
-            service: ServiceKey { namespace: "default".into(), name: name.into() },
-            local_endpoints: local_endpoints.iter().copied().collect(),
-        }
+    fn check(name: &str, local_endpoints: &[(Family, u32)]) -> Option<HealthCheck> {
+        let service = ServiceKey { namespace: "default".into(), name: name.into() };
+        Some(HealthCheck { service, local_endpoints: local_endpoints.iter().copied().collect() })
     }
 
     fn loopback() -> BTreeSet<IpAddr> {

@@ -55,6 +55,8 @@ pub enum ProblemOrigin {
     Source,
     /// Understanding what was read.
     Model,
+    /// Serving: health checks whose port cannot be bound.
+    Server,
 }
 
 /// All metrics. What they say at a moment: [`Metrics::exposition`].
@@ -157,6 +159,7 @@ impl Metrics {
             let origin = match origin {
                 ProblemOrigin::Source => "source",
                 ProblemOrigin::Model => "model",
+                ProblemOrigin::Server => "server",
             };
             self.own.problems.get_or_create_owned(&ByProblem { kind, origin })
         };

@@ -60,7 +60,7 @@ async fn a_change_that_waits_for_a_minute_is_told_everywhere() {
     let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap());
     let address = server.address().await;
     let service = ServiceKey { namespace: "default".into(), name: "web".into() };
-    state.set_health_checks([(1, HealthCheck { service, local_endpoints: [(Family::V4, 1)].into() })].into());
+    state.set_health_check(1, Some(HealthCheck { service, local_endpoints: [(Family::V4, 1)].into() }));
     let check = || state.health_check(1, Family::V4, Moment::now()).expect("the port has a Service");
     assert!(check().is_ok);
 
