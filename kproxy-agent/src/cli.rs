@@ -42,6 +42,8 @@ pub enum Command {
     Services(ServicesArgs),
     /// Live flows of the packet path
     Flows(FlowsArgs),
+    /// Drops and refusals as they happen, with reason and Service
+    Drops(DropsArgs),
     /// Can this node run kproxy; what is missing, and what that costs
     Check(CheckArgs),
     /// Take everything of kproxy off this node
@@ -201,6 +203,13 @@ pub struct FlowsArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub backend: Option<String>,
     /// How it is printed
+    #[arg(short, long, value_enum, default_value_t = OutputFormat::Table)]
+    pub output: OutputFormat,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct DropsArgs {
+    /// How it is printed; json: an object a line
     #[arg(short, long, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
 }

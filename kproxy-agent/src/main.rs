@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Agent(args) => agent::run(&cli.common, &args),
         Command::Services(args) => commands::services::run(&cli.common, &args),
         Command::Flows(args) => commands::flows::run(&cli.common, &args),
+        Command::Drops(args) => commands::drops::run(&cli.common, &args),
         Command::Check(args) => commands::check::run(&cli.common, &args),
         Command::Cleanup(args) => commands::cleanup::run(&cli.common, &args),
     };

@@ -5,6 +5,7 @@ mod execute;
 pub mod kernel;
 pub mod memory;
 mod reconcile;
+mod ring;
 pub mod status;
 mod sys;
 

@@ -48,6 +48,14 @@ pub mod map_names {
     pub const COUNTER: &str = "counter";
     /// Per-CPU array, [`Reason`](crate::Reason) to u64: verdicts by their reason. Counted by the programs.
     pub const REASON: &str = "reason";
+    /// Ring buffer of [`DropEvent`](crate::DropEvent): drops and refusals as they happen. Written by the programs while
+    /// somebody listens; every listener reads at a place of its own, and sees what was overwritten meanwhile by the
+    /// gap in its sequence.
+    pub const DROP_EVENT: &str = "drop_event";
+    /// Memory-mapped array with one element, [`DropListener`](crate::DropListener). Written by `kproxy drops`.
+    pub const DROP_LISTENER: &str = "drop_listener";
+    /// Per-CPU array, [`DropPath`](crate::DropPath) to [`DropBudget`](crate::DropBudget). Written by the programs.
+    pub const DROP_BUDGET: &str = "drop_budget";
     /// Memory-mapped array with one element, [`Config`](super::Config). Written by the agent.
     pub const CONFIG: &str = "config";
     /// Hash, interface index (u32) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent. A

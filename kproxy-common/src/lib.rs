@@ -9,6 +9,7 @@
 mod address;
 mod arrival;
 mod decision;
+mod drops;
 mod flow;
 mod layout;
 mod packet;
@@ -21,6 +22,7 @@ pub use decision::{
     AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,
     resolve, search, still_serves,
 };
+pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath};
 pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,

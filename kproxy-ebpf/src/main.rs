@@ -9,6 +9,7 @@
 )]
 
 mod count;
+mod drops;
 mod kernel;
 mod maps;
 mod packet;

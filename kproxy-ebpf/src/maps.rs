@@ -3,17 +3,20 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
-    DeviceAddresses, Flow, FlowKey, FrontendKey, Owner, Reason, ServiceEntry, ServiceInfo, SocketRecords,
+    DeviceAddresses, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FrontendKey, Owner,
+    Reason, ServiceEntry, ServiceInfo, SocketRecords,
 };
 
 const FRONTENDS: usize = 32_768;
 const BACKENDS: usize = 262_144;
 const FLOWS: usize = 65_536;
+/// Octets. An event takes 72: some 3,600 of them, a few seconds of what a CPU may write.
+const DROP_EVENTS: usize = 256 * 1024;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
 /// The part of a `source_range` key that prefixes count in.
@@ -84,6 +87,12 @@ pub static SOCKET_OVERFLOW: LruHashMap<OverflowKey, OverflowValue, 16_384> = Lru
 pub static COUNTER: Array<Counters, FRONTENDS> = Array::new();
 #[btf_map(name = "reason")]
 pub static REASON: PerCpuArray<u64, { Reason::ALL.len() }> = PerCpuArray::new();
+#[btf_map(name = "drop_event")]
+pub static DROP_EVENT: RingBuf<DropEvent, DROP_EVENTS> = RingBuf::new();
+#[btf_map(name = "drop_listener")]
+pub static DROP_LISTENER: Array<DropListener, 1, MAPPED> = Array::new();
+#[btf_map(name = "drop_budget")]
+pub static DROP_BUDGET: PerCpuArray<DropBudget, { DropPath::COUNT as usize }> = PerCpuArray::new();
 #[btf_map(name = "config")]
 pub static CONFIG: Array<Config, 1, MAPPED> = Array::new();
 // Plain words: no BTF is made for a structure that is only pointed into.

@@ -12,7 +12,7 @@ use kproxy_common::{
     Address, ClientKind, PacketMeta, PacketVerdict, Protocol, Reason, TcpFlags, on_egress, on_ingress,
 };
 
-use crate::{count::count_reason, kernel::Kernel};
+use crate::{count::count_reason, drops, kernel::Kernel};
 
 /// Leave the packet to the next program, and to the stack after the last.
 const NEXT: i32 = TC_ACT_UNSPEC;
@@ -78,7 +78,7 @@ fn egress(ctx: &TcContext, network_offset: u32) -> i32 {
 fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
     let rewritten = match verdict {
         PacketVerdict::Pass { reason } => return pass(reason),
-        PacketVerdict::Drop { reason } => return drop(reason),
+        PacketVerdict::Drop { reason } => return drop(ctx, packet, reason),
         PacketVerdict::SetDestination { address, port } => packet.set_destination(ctx, &address, port),
         PacketVerdict::SetSource { address, port } => packet.set_source(ctx, &address, port),
     };
@@ -88,7 +88,7 @@ fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
             NEXT
         }
         // Half rewritten is worse than lost.
-        Err(RewriteFailed) => drop(Reason::RewriteFailed),
+        Err(RewriteFailed) => drop(ctx, packet, Reason::RewriteFailed),
     }
 }
 
@@ -99,8 +99,10 @@ fn pass(reason: Reason) -> i32 {
 }
 
 #[inline(always)]
-fn drop(reason: Reason) -> i32 {
+fn drop(ctx: &TcContext, packet: &Packet, reason: Reason) -> i32 {
     count_reason(reason);
+    // SAFETY: the context is valid for the program's run.
+    drops::packet(&packet.meta, unsafe { (*ctx.skb.skb).ifindex }, reason as u32, 0);
     DROP
 }
 

@@ -14,6 +14,7 @@ use kproxy_common::{
 
 use crate::{
     count::count_reason,
+    drops,
     kernel::Kernel,
     maps::{self, OverflowKey, OverflowValue},
 };
@@ -227,6 +228,7 @@ fn connect(call: &impl Call) -> i32 {
         }
         SocketVerdict::Refuse { reason } => {
             count_reason(reason);
+            drops::socket(&connection, reason as u32);
             if set_refused() {
                 return FAIL;
             }
@@ -261,6 +263,7 @@ fn sendmsg(call: &impl Call) -> i32 {
         }
         SocketVerdict::Refuse { reason } => {
             count_reason(reason);
+            drops::socket(&connection, reason as u32);
             // Without bpf_set_retval the datagram fails with EPERM: nothing else stops it on such kernels.
             set_refused();
             FAIL

@@ -31,6 +31,9 @@ const MAPS: &[(&str, &[&str])] = &[
     ("owner", &["layout_version", "pid", "node", "version"]),
     ("device", &["value"]),
     ("socket_overflow", &["socket_cookie", "address", "port"]),
+    ("drop_event", &[]),
+    ("drop_listener", &["until"]),
+    ("drop_budget", &["sequence", "refilled", "tokens"]),
     ("socket", &[]),
 ];
 
@@ -71,8 +74,8 @@ fn dumps(ctx: &Context) -> Result<()> {
     });
     for (name, fields) in MAPS {
         steps.step(name, || {
-            // Storage of sockets cannot be walked, and bpftool says so.
-            if *name == "socket" {
+            // Storage of sockets and ring buffers cannot be walked, and bpftool says so.
+            if ["socket", "drop_event"].contains(name) {
                 return Ok(());
             }
             let text = beginning(node, name)?;

@@ -8,6 +8,7 @@ mod cluster;
 mod commands;
 mod control;
 mod devices;
+mod drops;
 mod dumps;
 mod elb;
 mod flows;
@@ -47,6 +48,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, sockets::SCENARIOS),
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
+    (kproxy, drops::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),

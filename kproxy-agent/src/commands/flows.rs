@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use kproxy_common::{Address, Conversation, Flow, FlowKey, Protocol, Role};
 use serde::{Serialize, Serializer};
 
-use super::{UsageError, print};
+use super::{UsageError, is_broken_pipe, print};
 use crate::{
     cli::{Common, FlowsArgs, OutputFormat},
     flows::{self, Progress, ROLES, belongs, state_word},
@@ -366,12 +366,6 @@ impl Serialize for List<'_> {
         }
         serializer.collect_map([("items", Items(self))])
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::BrokenPipe)
-    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 mod batch;
 mod config;
+mod drops;
 mod flows;
 mod grace;
 mod read;
@@ -30,6 +31,7 @@ use crate::plan::{Capacity, Word};
 
 pub use self::{
     batch::probe_batches,
+    drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
     read::owner_text,
     shape::ShapeError,

@@ -42,6 +42,7 @@ pub mod kind {
     pub const LRU_HASH: u32 = 9;
     pub const LPM_TRIE: u32 = 11;
     pub const ARRAY_OF_MAPS: u32 = 12;
+    pub const RINGBUF: u32 = 27;
 }
 
 /// Flags of a map.

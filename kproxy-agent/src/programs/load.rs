@@ -230,6 +230,9 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::SOCKET_OVERFLOW,
         names::COUNTER,
         names::REASON,
+        names::DROP_EVENT,
+        names::DROP_LISTENER,
+        names::DROP_BUDGET,
         names::CONFIG,
         names::DEVICE,
         names::OWNER,
@@ -300,8 +303,9 @@ fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
 /// Key and value sizes in octets, as this version lays them out.
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
-        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, Flow, FlowKey,
-        FrontendKey, Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
+        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, DropBudget,
+        DropListener, Flow, FlowKey, FrontendKey, Owner, ServiceEntry, ServiceInfo, SocketRecords,
+        SourceRangeKey,
     };
     let sizes = match map {
         names::FRONTEND => (size_of::<FrontendKey>(), 4),
@@ -315,6 +319,9 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::SOCKET => (4, size_of::<SocketRecords>()),
         names::COUNTER => (4, size_of::<Counters>()),
         names::REASON => (4, 8),
+        names::DROP_EVENT => (0, 0),
+        names::DROP_LISTENER => (4, size_of::<DropListener>()),
+        names::DROP_BUDGET => (4, size_of::<DropBudget>()),
         names::CONFIG => (4, size_of::<Config>()),
         names::DEVICE => (4, size_of::<DeviceAddresses>()),
         names::OWNER => (4, size_of::<Owner>()),

@@ -213,13 +213,22 @@ impl FlowMaps {
         if number >= self.numbers {
             return Ok(None);
         }
-        let failed = |map| move |source| MapError::Call { what: "read", map, source };
-        let identity = self.service.load_u64(number, 2).map_err(failed(map_names::SERVICE))?;
+        let failed = |source| MapError::Call { what: "read", map: map_names::SERVICE, source };
+        let identity = self.service.load_u64(number, 2).map_err(failed)?;
         if ServiceIdentity::from_word(identity).service() != service {
             return Ok(None);
         }
+        self.info_now(number)
+    }
+
+    /// Whose frontend a number is now.
+    pub fn info_now(&self, number: u32) -> Result<Option<ServiceInfo>, MapError> {
+        if number >= self.numbers {
+            return Ok(None);
+        }
+        let failed = |source| MapError::Call { what: "read", map: map_names::SERVICE_INFO, source };
         let mut bytes = [0; size_of::<ServiceInfo>()];
-        self.service_info.read(number, 0, &mut bytes).map_err(failed(map_names::SERVICE_INFO))?;
+        self.service_info.read(number, 0, &mut bytes).map_err(failed)?;
         Ok(info_from_bytes(&bytes))
     }
 
@@ -269,11 +278,11 @@ fn flow_from_bytes(bytes: &[u8]) -> Option<Flow> {
     })
 }
 
-fn address_at(bytes: &[u8], at: usize) -> Option<Address> {
+pub(super) fn address_at(bytes: &[u8], at: usize) -> Option<Address> {
     Some(Address::new(bytes.get(at..at + 16)?.try_into().ok()?))
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 

@@ -1,0 +1,90 @@
+//! Drops and refusals, told to whoever listens.
+
+use aya_ebpf::{
+    bindings::BPF_RB_NO_WAKEUP,
+    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
+};
+use kproxy_common::{Address, Connection, DropEvent, DropPath, PacketMeta};
+
+use crate::maps;
+
+/// A packet that is dropped, or (`refused`: 1) answered with a refusal; `reason` as a number. A function of its own: a
+/// hook has many ways that lead here.
+#[inline(never)]
+pub fn packet(packet: &PacketMeta, device: u32, reason: u32, refused: u32) {
+    let Some(now) = listened_to() else {
+        return;
+    };
+    write(DropPath::Packet, now, reason, |event| {
+        event.describe(packet);
+        event.device = device;
+        event.refused = refused as u8;
+    });
+}
+
+/// A socket call that is refused; `reason` as a number.
+#[inline(never)]
+pub fn socket(connection: &Connection, reason: u32) {
+    let Some(now) = listened_to() else {
+        return;
+    };
+    write(DropPath::Socket, now, reason, |event| {
+        event.source = connection.client.address;
+        event.destination = connection.destination;
+        event.destination_port = connection.port;
+        event.protocol = connection.protocol as u8;
+        event.refused = 1;
+    });
+}
+
+/// The time, if somebody listens now.
+#[inline(always)]
+fn listened_to() -> Option<u64> {
+    let listener = maps::DROP_LISTENER.get_ptr(0)?;
+    // SAFETY: one aligned word, which its writer stores at once.
+    let until = unsafe { core::ptr::read_volatile(&raw const (*listener).until) };
+    if until == 0 {
+        return None;
+    }
+    // SAFETY: the helper has no conditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    (now < until).then_some(now)
+}
+
+#[inline(always)]
+fn write(path: DropPath, now: u64, reason: u32, describe: impl FnOnce(&mut DropEvent)) {
+    let Some(budget) = maps::DROP_BUDGET.get_ptr_mut(path as u32) else {
+        return;
+    };
+    // SAFETY: the element is this CPU's and this path's, and the pointer valid for the program's run. Where a socket
+    // hook is preempted by another, an event more or less is written.
+    let budget = unsafe { &mut *budget };
+    let sequence = budget.sequence;
+    budget.sequence = sequence.wrapping_add(1);
+    if !budget.take(now) {
+        return;
+    }
+    // Full, or not: the gap in the sequence says so.
+    let Some(mut entry) = maps::DROP_EVENT.reserve(0) else {
+        return;
+    };
+    // SAFETY: the helper has no conditions.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let event = entry.write(DropEvent {
+        time: now,
+        sequence,
+        source: Address::from_v4_word(0),
+        destination: Address::from_v4_word(0),
+        source_port: 0,
+        destination_port: 0,
+        protocol: 0,
+        reason: reason as u8,
+        refused: 0,
+        _pad: 0,
+        device: 0,
+        stream: cpu.wrapping_mul(DropPath::COUNT).wrapping_add(path as u32),
+    });
+    describe(event);
+    // Listeners look by themselves many times a second: waking them would cost an interrupt here.
+    entry.submit(BPF_RB_NO_WAKEUP.into());
+}
