@@ -1,7 +1,7 @@
 //! `kproxy agent`: ties the stages together. One task owns the model, the tables and the programs, and takes in
 //! one event after the other; sources and devices are tasks of their own.
 
-mod config;
+pub(crate) mod config;
 mod health_checks;
 mod host;
 mod sync;
@@ -49,7 +49,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let node_name = config::node_name(&args.node)?;
     // Wrong flags are told before anything is touched.
     config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
-    config::programs(args, 0, [0, 0], &[])?;
+    config::programs(&args.node, &args.rules, 0, [0, 0], &[])?;
     telemetry::addresses(args)?;
     let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
     let root = common.bpf_root.as_path();
@@ -183,7 +183,8 @@ impl Agent<'_> {
         }
         if let Some(node) = &update.node {
             let seed = self.syncer.maps().hash_seed()?;
-            let config = config::programs(self.args, self.cookie, seed, &node.service_cidrs)?;
+            let config =
+                config::programs(&self.args.node, &self.args.rules, self.cookie, seed, &node.service_cidrs)?;
             self.syncer.maps().write_config(&config)?;
         }
         let looked_at = update.services.len();

@@ -44,6 +44,9 @@ pub enum Command {
     Flows(FlowsArgs),
     /// Drops and refusals as they happen, with reason and Service
     Drops(DropsArgs),
+    /// What happens to a connection, and why; from the maps or from YAML
+    #[command(after_long_help = EXPLAIN_HELP)]
+    Explain(Box<ExplainArgs>),
     /// Can this node run kproxy; what is missing, and what that costs
     Check(CheckArgs),
     /// Take everything of kproxy off this node
@@ -205,6 +208,60 @@ pub struct FlowsArgs {
     /// How it is printed
     #[arg(short, long, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
+}
+
+const EXPLAIN_HELP: &str = "\
+Without --manifests the maps of this node are read, in its network namespace; the agent need not run. With it nothing
+but the files is looked at: no root, no kernel, any machine; the flags of the agent below --manifests count only then.
+
+The client is the host if --from is one of the node's addresses or loopback; a pod if it lies in a cluster CIDR or, from
+the maps, behind a pod's interface; else it is outside.
+
+--queries reads one JSON object a line, and answers each with one:
+  {\"from\": \"10.244.1.7\", \"to\": \"198.51.100.10:80\", \"protocol\": \"tcp\"}
+protocol may be left out. A line that cannot be read is answered with {\"error\": …, \"line\": …}; the others are
+answered all the same, and the exit status is 2. Fields with another name are listed in ignored_fields.
+
+An answer has these fields:
+  from, to, protocol  as asked
+  client              pod, host or outside
+  verdict             forward, pass, reject or drop
+  service             namespace/name:port, the port by its name, or its number where it has none; or null
+  frontend            what of the Service matched, as \"ClusterIP 10.96.0.10:53/UDP\"; or null
+  backends            address, source (kept or masked: what the backend sees), local (on this node); each as likely
+  affinity            how long the client stays with its backend, in seconds; or null
+  pass_through        whether it is left alone so that it reaches the load balancer
+  reason              the word of the counters and metrics, as no-endpoints
+  rule                the rule that decided, as a sentence
+  left_out            endpoints and EndpointSlices that the chosen set does not have, and why
+
+The exit status is 0 whatever the verdict, 2 if the call or its input is wrong.";
+
+#[derive(Args, Clone, Debug)]
+pub struct ExplainArgs {
+    /// Who opens the connection
+    #[arg(long, value_name = "IP", required_unless_present = "queries", conflicts_with = "queries")]
+    pub from: Option<String>,
+    /// Where to
+    #[arg(long, value_name = "IP:PORT", required_unless_present = "queries", conflicts_with = "queries")]
+    pub to: Option<String>,
+    /// tcp, udp or sctp [default: tcp]
+    #[arg(long, value_name = "PROTOCOL", conflicts_with = "queries")]
+    pub protocol: Option<String>,
+    /// Many questions at once: lines of JSON from a file, or from the standard input with `-`; see below
+    #[arg(long, value_name = "FILE")]
+    pub queries: Option<PathBuf>,
+    /// How it is printed [default: text]
+    #[arg(short, long, value_enum)]
+    pub output: Option<OutputFormat>,
+    /// Services, EndpointSlices and Nodes from YAML or JSON, files or folders, instead of this node's maps
+    // Without the agent's environment variable: a shell in the agent's container asks about the maps.
+    #[arg(long, value_name = "PATH", value_delimiter = ',')]
+    pub manifests: Vec<PathBuf>,
+    #[command(flatten)]
+    pub node: NodeArgs,
+    #[command(flatten)]
+    pub rules: RuleArgs,
 }
 
 #[derive(Args, Clone, Debug)]

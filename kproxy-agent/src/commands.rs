@@ -3,6 +3,7 @@
 pub mod check;
 pub mod cleanup;
 pub mod drops;
+pub mod explain;
 pub mod flows;
 mod print;
 pub mod services;

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
     start_log(&cli.common);
     let result = match cli.command {
         Command::Agent(args) => agent::run(&cli.common, &args),
+        Command::Explain(args) => commands::explain::run(&cli.common, &args),
         Command::Services(args) => commands::services::run(&cli.common, &args),
         Command::Flows(args) => commands::flows::run(&cli.common, &args),
         Command::Drops(args) => commands::drops::run(&cli.common, &args),

@@ -11,6 +11,7 @@ mod config;
 mod endpoint_sets;
 mod frontends;
 mod health_check;
+mod left_out;
 mod node;
 pub mod objects;
 pub mod parse;
@@ -20,6 +21,7 @@ mod problem;
 pub use change::Change;
 pub use config::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope};
 pub use health_check::WantedHealthCheck;
+pub use left_out::LeftOut;
 pub use node::WantedNode;
 pub use problem::{ObjectKind, ObjectRef, Problem, ProblemKind};
 
@@ -28,13 +30,13 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use kproxy_common::{Address, Cidr, FrontendKey};
+use kproxy_common::{Address, Cidr, FrontendKey, Protocol, TrafficPolicy};
 
 use crate::wanted::{ServiceKey, WantedService};
 use claims::{Claimant, Claims};
 use compute::{Computed, Context, compute};
 use endpoint_sets::Place;
-use objects::{EndpointSlice, Node, ServedBy, Service};
+use objects::{EndpointSlice, Family, Node, ServedBy, Service};
 use parse::Parsed;
 
 /// All Services and endpoints of the cluster, as this node sees them.
@@ -155,6 +157,57 @@ impl Model {
     /// Every Service that wants something, as of the last update; in no order.
     pub fn services(&self) -> impl Iterator<Item = &WantedService> {
         self.services.values().filter_map(|entry| entry.wanted.as_ref())
+    }
+
+    /// What the node wants, as of the last update.
+    pub fn wanted_node(&self) -> Option<&WantedNode> {
+        self.wanted_node.as_ref()
+    }
+
+    /// The node's configuration.
+    pub fn config(&self) -> &NodeConfig {
+        &self.config
+    }
+
+    /// The addresses on its interfaces, as far as they were told.
+    pub fn local_addresses(&self) -> &BTreeSet<Address> {
+        &self.local_addresses
+    }
+
+    /// Every endpoint's address, and the node that it says it runs on; those that say none are left out.
+    pub fn endpoint_nodes(&self) -> impl Iterator<Item = (Address, &str)> {
+        let slices = self.services.values().flat_map(|entry| entry.slices.values());
+        let endpoints = slices.flat_map(|slice| &slice.endpoints);
+        endpoints.filter_map(|endpoint| Some((endpoint.address, endpoint.node.as_deref()?)))
+    }
+
+    /// Which endpoints of a Service port are not in its cluster set or its local set, and why. Empty for a
+    /// Service or a port that is not there.
+    pub fn left_out(
+        &self,
+        service: &ServiceKey,
+        port_name: &str,
+        protocol: Protocol,
+        family: Family,
+        set: TrafficPolicy,
+    ) -> Vec<LeftOut> {
+        let Some(entry) = self.services.get(service) else { return Vec::new() };
+        let ports = entry.service.iter().flat_map(|service| &service.ports);
+        let Some(port) = ports.into_iter().find(|p| *p.name == *port_name && p.protocol == protocol) else {
+            return Vec::new();
+        };
+        left_out::left_out(port, family, &entry.slices, self.place(), set)
+    }
+
+    /// The `spec.ports[].port` of a Service port.
+    pub fn port_number(&self, service: &ServiceKey, port_name: &str, protocol: Protocol) -> Option<u16> {
+        let service = self.services.get(service)?.service.as_ref()?;
+        let is_it = |port: &&objects::ServicePort| *port.name == *port_name && port.protocol == protocol;
+        service.ports.iter().find(is_it).map(|port| port.port)
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place { node: &self.config.node_name, zone: self.node.zone.as_deref() }
     }
 
     fn affect(&mut self, keys: impl IntoIterator<Item = Arc<ServiceKey>>) {

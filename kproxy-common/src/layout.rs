@@ -116,6 +116,17 @@ wire_enum! {
     }
 }
 
+impl core::fmt::Display for Protocol {
+    /// As Kubernetes writes it.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
 wire_enum! {
     /// Through which of a Service's addresses a frontend is reached.
     FrontendKind {

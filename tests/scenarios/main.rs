@@ -11,6 +11,7 @@ mod devices;
 mod drops;
 mod dumps;
 mod elb;
+mod explain;
 mod flows;
 mod health_checks;
 mod input;
@@ -54,6 +55,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),
     (kproxy, commands::SCENARIOS),
+    (kproxy, explain::SCENARIOS),
     (kproxy, dumps::SCENARIOS),
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
 
 use crate::{
-    cli::{AgentArgs, NodeArgs, RuleArgs, Scope},
+    cli::{NodeArgs, RuleArgs, Scope},
     commands::UsageError,
     model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
 };
@@ -68,7 +68,8 @@ pub fn model(
 /// The programs' configuration. The hash's key is `seed`, that of the agent before, if there was one: flows that
 /// are being opened then stay where they are over a restart.
 pub fn programs(
-    args: &AgentArgs,
+    node: &NodeArgs,
+    rules: &RuleArgs,
     host_netns_cookie: u64,
     seed: [u32; 2],
     service_cidrs: &[Cidr],
@@ -84,12 +85,12 @@ pub fn programs(
         host_netns_cookie,
         udp_timeout: UDP_TIMEOUT_SECONDS * 1_000_000_000,
         hash_seed: if seed == [0, 0] { random() } else { seed },
-        loopback_node_ports: u32::from(!args.rules.disable_loopback_nodeports),
+        loopback_node_ports: u32::from(!rules.disable_loopback_nodeports),
         remember_peer: 1,
         mask_ports_first: MASK_PORTS_FIRST,
         mask_ports_count: MASK_PORTS_COUNT,
         service_cidrs: table(service_cidrs),
-        cluster_cidrs: table(&cidrs("--cluster-cidr", &args.node.cluster_cidr)?),
+        cluster_cidrs: table(&cidrs("--cluster-cidr", &node.cluster_cidr)?),
     })
 }
 

@@ -5,6 +5,7 @@ mod config;
 mod drops;
 mod flows;
 mod grace;
+mod lookup;
 mod read;
 mod shape;
 
@@ -33,6 +34,7 @@ pub use self::{
     batch::probe_batches,
     drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
+    lookup::{FirstError, Lookup},
     read::owner_text,
     shape::ShapeError,
 };

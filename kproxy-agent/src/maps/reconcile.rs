@@ -63,6 +63,11 @@ impl Reconciler {
         &self.tables
     }
 
+    /// The tables, without what is still wanted of them.
+    pub fn into_tables(self) -> Tables {
+        self.tables
+    }
+
     /// How every Service fares.
     pub fn status(&self) -> &Statuses {
         &self.status

@@ -3,7 +3,7 @@
 
 use kproxy_common::{Address, BackendState, Location};
 
-use super::objects::{EndpointSlice, Family, Hints, ServicePort};
+use super::objects::{Endpoint, EndpointSlice, Family, Hints, ServicePort};
 use crate::wanted::WantedBackend;
 
 /// How far a block of backends can count.
@@ -102,14 +102,16 @@ const BOTH: usize = 1;
 const LOCAL_ONLY: usize = 2;
 const NEITHER: usize = 3;
 
-struct Candidate<'a> {
-    address: Address,
-    port: u16,
-    ready: bool,
-    serving: bool,
-    terminating: bool,
-    is_local: bool,
-    hints: Option<&'a Hints>,
+/// An endpoint under one of its ports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Candidate<'a> {
+    pub address: Address,
+    pub port: u16,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    pub is_local: bool,
+    pub hints: Option<&'a Hints>,
 }
 
 /// Every address and port once, sorted; without those that neither take connections nor serve what they have.
@@ -121,9 +123,23 @@ fn collect<'a>(
 ) -> Vec<Candidate<'a>> {
     let mut found = Vec::new();
     for slice in slices.filter(|slice| slice.family == family) {
-        let matches = slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
-        for slice_port in matches {
-            found.extend(slice.endpoints.iter().map(|endpoint| Candidate {
+        found.extend(candidates(port, slice, place).map(|(candidate, _)| candidate));
+    }
+    merge(&mut found);
+    found.retain(|endpoint| endpoint.ready || endpoint.serving);
+    found
+}
+
+/// The endpoints of one slice under every port of it that matches.
+pub(super) fn candidates<'a, 'p>(
+    port: &'p ServicePort,
+    slice: &'a EndpointSlice,
+    place: Place<'p>,
+) -> impl Iterator<Item = (Candidate<'a>, &'a Endpoint)> + use<'a, 'p> {
+    let matches = slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
+    matches.flat_map(move |slice_port| {
+        slice.endpoints.iter().map(move |endpoint| {
+            let candidate = Candidate {
                 address: endpoint.address,
                 port: slice_port.number,
                 ready: endpoint.ready,
@@ -131,15 +147,17 @@ fn collect<'a>(
                 terminating: endpoint.terminating,
                 is_local: endpoint.node.as_deref() == Some(place.node),
                 hints: endpoint.hints.as_deref(),
-            }));
-        }
-    }
-    // An endpoint that moves from slice to slice is in both for a while: the one that is not terminating
-    // counts, even if it is not ready; of equal ones, since the sort is stable, the first.
+            };
+            (candidate, endpoint)
+        })
+    })
+}
+
+/// Sorted by address and port, each once. An endpoint that moves from slice to slice is in both for a while: the
+/// one that is not terminating counts, even if it is not ready; of equal ones, since the sort is stable, the first.
+pub(super) fn merge(found: &mut Vec<Candidate<'_>>) {
     found.sort_by_key(|endpoint| (endpoint.address, endpoint.port, endpoint.terminating));
     found.dedup_by_key(|endpoint| (endpoint.address, endpoint.port));
-    found.retain(|endpoint| endpoint.ready || endpoint.serving);
-    found
 }
 
 impl Candidate<'_> {
@@ -148,7 +166,7 @@ impl Candidate<'_> {
         self.ready || self.is_last_resort()
     }
 
-    fn is_last_resort(&self) -> bool {
+    pub fn is_last_resort(&self) -> bool {
         self.serving && self.terminating
     }
 
@@ -173,14 +191,14 @@ impl Candidate<'_> {
 /// Which hints restrict the cluster set. A restriction holds only where every ready endpoint has a hint of its
 /// sort: a few without one mean that the controller is still at work, and the hints cannot be trusted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Topology {
+pub(super) enum Topology {
     None,
     Node,
     Zone,
 }
 
 impl Topology {
-    fn of(endpoints: &[Candidate<'_>], place: Place<'_>) -> Self {
+    pub fn of(endpoints: &[Candidate<'_>], place: Place<'_>) -> Self {
         let (mut all_nodes, mut all_zones) = (true, true);
         let (mut this_node, mut this_zone) = (false, false);
         for endpoint in endpoints.iter().filter(|endpoint| endpoint.ready) {
@@ -208,7 +226,7 @@ impl Topology {
 }
 
 /// Ready endpoints after topology; without any, those that are serving and terminating.
-fn cluster_set<'a>(
+pub(super) fn cluster_set<'a>(
     endpoints: &[Candidate<'_>],
     topology: Topology,
     place: Place<'a>,
@@ -221,7 +239,7 @@ fn cluster_set<'a>(
 }
 
 /// Ready endpoints on this node; without any, those on this node that are serving and terminating.
-fn local_set(endpoints: &[Candidate<'_>]) -> impl Fn(&Candidate<'_>) -> bool + use<> {
+pub(super) fn local_set(endpoints: &[Candidate<'_>]) -> impl Fn(&Candidate<'_>) -> bool + use<> {
     let any_ready = endpoints.iter().any(|endpoint| endpoint.is_local && endpoint.ready);
     move |endpoint| endpoint.is_local && if any_ready { endpoint.ready } else { endpoint.is_last_resort() }
 }

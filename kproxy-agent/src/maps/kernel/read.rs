@@ -156,7 +156,11 @@ fn read_owner(map: &Map) -> Result<Option<Owner>, MapError> {
 }
 
 /// Calls `visit` with key and value of every element.
-fn for_each(name: &'static str, map: &Map, mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), MapError> {
+pub(super) fn for_each(
+    name: &'static str,
+    map: &Map,
+    mut visit: impl FnMut(&[u8], &[u8]),
+) -> Result<(), MapError> {
     let (key_size, value_size) = (map.attributes().key_size as usize, map.value_bytes());
     let mut position = None;
     let mut chunk = CHUNK.min(map.attributes().max_entries.max(1));
@@ -243,6 +247,6 @@ pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
-fn failed(map: &'static str) -> impl Fn(io::Error) -> MapError {
+pub(super) fn failed(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError::Call { what: "read", map, source }
 }

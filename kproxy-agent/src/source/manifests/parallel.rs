@@ -5,6 +5,9 @@ use std::sync::Mutex;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
 /// More threads than this do not help: the results are applied by one.
 const MAX_THREADS: usize = 8;
 
@@ -16,7 +19,7 @@ pub(super) fn in_order<J: Send, R: Send>(
     work: impl Fn(J) -> R + Sync,
     mut apply: impl FnMut(R),
 ) {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(jobs.len());
+    let threads = if jobs.len() > 1 { processors().min(MAX_THREADS).min(jobs.len()) } else { 1 };
     if threads <= 1 {
         return jobs.into_iter().for_each(|job| apply(work(job)));
     }
@@ -48,6 +51,13 @@ pub(super) fn in_order<J: Send, R: Send>(
             }
         }
     });
+}
+
+/// How many processors this process may run on. Asked of the scheduler: the standard library reads the cgroup
+/// files below /sys for it, and `kproxy explain --manifests` opens nothing but the manifests.
+fn processors() -> usize {
+    let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return 1 };
+    (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).count().max(1)
 }
 
 #[cfg(test)]

@@ -1,0 +1,104 @@
+//! Tables that were computed from objects: no kernel, no root, any machine.
+
+use std::{cell::OnceCell, collections::HashMap, time::SystemTime};
+
+use anyhow::Result;
+use kproxy_common::{
+    Address, AddressKind, ClientKind, Config, FrontendKey, ServiceInfo, Tables as _, TrafficPolicy,
+};
+
+use super::{Ground, Place, Query, ServicePort};
+use crate::{
+    maps::{Reconciler, memory::Memory},
+    model::{LeftOut, Model},
+    plan::{Capacity, Tables, View},
+};
+
+/// A model's wish, written to tables in memory by the agent's own planner.
+pub struct Planned<'a> {
+    model: &'a Model,
+    tables: Tables,
+    config: Config,
+    /// On which other node an endpoint runs; filled in when the first pod asks.
+    elsewhere: OnceCell<HashMap<Address, &'a str>>,
+    /// What could not be written, as `Service: why`.
+    failed: Vec<String>,
+}
+
+impl<'a> Planned<'a> {
+    /// What `model` wants as of its last update. `config` is what the programs would have.
+    pub fn new(model: &'a Model, config: Config, capacity: Capacity) -> Self {
+        let now = SystemTime::UNIX_EPOCH;
+        let mut reconciler = Reconciler::new(Tables::new(capacity));
+        reconciler
+            .want_all(model.services().map(|wanted| (wanted.key.clone(), wanted.clone())).collect(), now);
+        if let Some(node) = model.wanted_node() {
+            reconciler.want_node_addresses(node.node_port_addresses.clone(), now);
+        }
+        let report = reconciler.run(&mut Memory::new(capacity), now);
+        let failed = report.failed.into_iter().map(|(party, why)| format!("{party}: {why}")).collect();
+        Self { model, tables: reconciler.into_tables(), config, elsewhere: OnceCell::new(), failed }
+    }
+
+    /// What does not fit into the tables, for people.
+    pub fn failed(&self) -> &[String] {
+        &self.failed
+    }
+
+    /// The tables.
+    pub fn planned(&self) -> &Tables {
+        &self.tables
+    }
+}
+
+impl Ground for Planned<'_> {
+    fn tables(&self) -> impl kproxy_common::Tables {
+        View::new(&self.tables, self.config)
+    }
+
+    fn info(&self, number: u32) -> Option<ServiceInfo> {
+        self.tables.info(number).copied()
+    }
+
+    fn frontends(&self) -> Vec<(FrontendKey, u32)> {
+        self.tables.frontends().map(|(key, number)| (*key, number)).collect()
+    }
+
+    /// A client of a cluster CIDR counts as a pod of this node, unless it is an endpoint that says otherwise.
+    fn place(&self, query: &Query) -> Place {
+        let from = &query.from;
+        let place = |behind, because: &str| Place { behind, because: because.to_owned() };
+        if from.is_loopback() {
+            return place(ClientKind::Host, "a loopback address");
+        }
+        let tables = self.tables();
+        let is_own = self.model.node_addresses().contains(from)
+            || self.model.local_addresses().contains(from)
+            || tables.address(from) == Some(AddressKind::NodePort);
+        if is_own {
+            return place(ClientKind::Host, "an address of this node");
+        }
+        if kproxy_common::client_of(&tables, ClientKind::Outside, from) != ClientKind::Pod {
+            return place(ClientKind::Outside, "neither this node's address nor in a cluster CIDR");
+        }
+        let own = self.model.config().node_name.as_str();
+        let elsewhere = self
+            .elsewhere
+            .get_or_init(|| self.model.endpoint_nodes().filter(|(_, node)| *node != own).collect());
+        match elsewhere.get(from) {
+            Some(node) => {
+                place(ClientKind::Outside, &format!("in a cluster CIDR, an endpoint on the node {node}"))
+            }
+            None => place(ClientKind::Pod, "in a cluster CIDR, taken to be on this node"),
+        }
+    }
+
+    fn left_out(&self, port: &ServicePort, set: TrafficPolicy) -> Option<Vec<LeftOut>> {
+        let ServicePort { service, name, protocol, family } = port;
+        Some(self.model.left_out(service, name, *protocol, *family, set))
+    }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+}
