@@ -7,6 +7,7 @@ use kproxy::{
     agent,
     cli::{Cli, Command, Common, LogFormat},
     commands::{self, UsageError},
+    source::kubernetes::LOG_FILTER,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -35,12 +36,12 @@ fn main() -> ExitCode {
 }
 
 fn start_log(common: &Common) {
-    let level = match common.verbose {
-        0 => "kproxy=info,warn",
-        1 => "kproxy=debug,info",
-        _ => "trace",
+    let filter = match common.verbose {
+        0 => format!("kproxy=info,warn,{LOG_FILTER}"),
+        1 => format!("kproxy=debug,info,{LOG_FILTER}"),
+        _ => "trace".to_owned(),
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match common.log_format {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),

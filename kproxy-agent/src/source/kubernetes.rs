@@ -30,9 +30,11 @@ use watch::{Selectors, Timing, Watch};
 
 pub use servers::{ConfigError, ConnectionSettings};
 
-/// For the filter of the log: kube's client logs every try that fails as an error, in words of its own. What is
-/// wrong is said once, as a problem, and what is tried is logged here at debug.
-pub const LOG_FILTER: &str = "kube_client::client::builder=off";
+/// For the filter of the log: kube's client logs every try that fails, as an error or a warning, in words of its own.
+/// What is wrong is said once, as a problem, and what is tried is logged here at debug. What nobody else says, as
+/// of a CA bundle that cannot be read again, stays.
+pub const LOG_FILTER: &str = "kube_client::client=error,kube_client::client::builder=off,\
+    kube_client::client::tls=warn,kube_runtime::watcher=error";
 
 /// How long the first list of what is not necessary is waited for: the own Node, and ServiceCIDRs.
 const OPTIONAL_WAIT: Duration = Duration::from_secs(30);
