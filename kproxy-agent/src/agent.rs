@@ -26,7 +26,7 @@ use crate::{
     maps::kernel::{KernelMaps, owner_text},
     model::{Change, Model},
     node::{self, Lock},
-    programs::{Attached, Capacities, Programs, has_tcx, namespace_cookie},
+    programs::{Attached, Programs, has_tcx, namespace_cookie},
     source::{Event, Source, kubernetes, manifests},
 };
 use health_checks::HealthChecks;
@@ -56,10 +56,14 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     host::lift_memory_limit();
     crate::programs::check_bpf_root(root)?;
     let _lock = Lock::take(root, || owner_text(root))?;
-    let programs = Programs::load(root, &Capacities::default())?;
-    let mut maps = KernelMaps::open(root)?;
+    let programs = Programs::load(root, &config::capacities(&args.tables))?;
+    let mut maps = KernelMaps::open_pins(|name| programs.pin(name).unwrap_or_else(|| root.join(name)))?;
     maps.write_owner(&owner(&node_name))?;
-    let (tables, problems) = maps.restore()?;
+    let (mut tables, problems) = maps.restore()?;
+    if programs.replace_tables() {
+        // Flows, affinity and sockets of the time before carry identities too.
+        tables.skip_identities(config::random()[0]);
+    }
     for problem in problems {
         tracing::warn!("the maps held what does not fit together, and it is written anew: {problem}");
     }
@@ -242,6 +246,7 @@ impl Agent<'_> {
         self.attached.socket_hooks(&mut self.programs, &self.cgroup)?;
         self.is_attached = true;
         self.attach_devices();
+        self.programs.maps_take_place()?;
         tracing::info!(interfaces = self.attached.device_count(), "attached");
         Ok(())
     }

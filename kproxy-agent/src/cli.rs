@@ -5,6 +5,8 @@ use std::{net::IpAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
+use crate::programs::Capacities;
+
 /// kube-proxy's job in eBPF, for any CNI, with load-balancer addresses under the operator's control.
 #[derive(Parser, Debug)]
 #[command(name = "kproxy", version, max_term_width = 100)]
@@ -95,6 +97,8 @@ pub struct AgentArgs {
     pub node: NodeArgs,
     #[command(flatten)]
     pub rules: RuleArgs,
+    #[command(flatten)]
+    pub tables: TableArgs,
     /// Interfaces that get packet programs; names with * [default: all that can carry service traffic]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', env = "KPROXY_DEVICES")]
     pub devices: Vec<String>,
@@ -182,6 +186,38 @@ pub struct RuleArgs {
     /// Another annotation that is read like kubernetes.io/elb.pass-through
     #[arg(long, value_name = "KEY", value_delimiter = ',', env = "KPROXY_PASS_THROUGH_ANNOTATION")]
     pub pass_through_annotation: Vec<String>,
+}
+
+/// How much the maps hold. Other numbers than before are other maps, filled beside the old ones at start.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct TableArgs {
+    /// How many frontends there is room for: addresses times ports of all Services
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KPROXY_MAX_FRONTENDS",
+        default_value_t = Capacities::DEFAULT.frontends,
+        value_parser = clap::value_parser!(u32).range(16..=1_048_576)
+    )]
+    pub max_frontends: u32,
+    /// How many backends: twice the endpoints of all Service ports, since a change is written beside what is there
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KPROXY_MAX_BACKENDS",
+        default_value_t = Capacities::DEFAULT.backends,
+        value_parser = clap::value_parser!(u32).range(16..=16_777_216)
+    )]
+    pub max_backends: u32,
+    /// How many loadBalancerSourceRanges, counted for each load-balancer address and port
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KPROXY_MAX_SOURCE_RANGES",
+        default_value_t = Capacities::DEFAULT.source_ranges,
+        value_parser = clap::value_parser!(u32).range(16..=4_194_304)
+    )]
+    pub max_source_ranges: u32,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -6,6 +6,7 @@
 
 mod attach;
 mod load;
+mod pins;
 mod sys;
 
 pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
@@ -13,4 +14,5 @@ pub use load::{
     Capacities, Features, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval, has_tcx,
     pinned_maps,
 };
+pub use pins::remove_next;
 pub use sys::namespace_cookie;

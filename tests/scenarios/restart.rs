@@ -127,6 +127,9 @@ fn restarts(ctx: &Context) -> Result<()> {
         })
     });
     steps.step("an upgrade in place", || upgrade(&mut cluster, &web));
+    steps.step("maps of other sizes take the place of those that are there", || sizes(&mut cluster, &web));
+    steps.step("what does not fit is named with the flag that mends it", || full(&mut cluster, &later));
+    steps.step("maps of another layout are not touched, but replaced", || layout(&mut cluster, &web));
     steps.step("a second agent refuses and names the first", || second(&mut cluster, &web));
     steps.done()
 }
@@ -164,6 +167,84 @@ fn attached(node: &Node) -> Result<Vec<String>> {
         names.extend(packet_programs(node, interface)?);
     }
     Ok(names)
+}
+
+fn sizes(cluster: &mut Cluster, web: &Service) -> Result<()> {
+    const SMALL: &[&str] = &["--max-frontends", "256", "--max-backends", "512", "--max-source-ranges", "64"];
+    const USUAL: &[&str] = &[];
+    under_load(cluster, web, ALL, |cluster, load| {
+        for (arguments, sizes) in [(SMALL, [256, 512, 64]), (USUAL, [32_768, 262_144, 65_536])] {
+            let before = max_entries(cluster, "flow")?;
+            cluster.start_agents(&["node-a"], arguments)?;
+            load.goes_on().with_context(|| format!("with {arguments:?}"))?;
+            for (map, size) in ["frontend", "backend", "source_range"].into_iter().zip(sizes) {
+                let is = max_entries(cluster, map)?;
+                ensure!(is == size, "{map} holds {is}, not {size}");
+            }
+            ensure!(max_entries(cluster, "flow")? == before, "the flows' table has another size");
+            let next = cluster.node("node-a")?.bpf_root().join("next");
+            ensure!(!next.exists(), "{} is left", next.display());
+            let view = cluster.service("node-a", web.name())?;
+            ensure!(view["frontends"].as_array().is_some_and(|frontends| frontends.len() == 12), "{view:#}");
+            cluster.agent("node-a")?.restart()?;
+            let written = synced_with_writes(cluster)?;
+            ensure!(written == 0, "adopted with {written} writes");
+        }
+        load.goes_on()
+    })
+}
+
+fn full(cluster: &mut Cluster, later: &Service) -> Result<()> {
+    let node = cluster.node("node-a")?.clone();
+    cluster.forget_agent("node-a");
+    let refused = node.agent().manifests(&cluster.folder).args(["--max-frontends", "5"]).run(DEADLINE)?;
+    ensure!(refused.code() == Some(2) && refused.stderr.contains("16..=1048576"), "{refused}");
+    // With the twelve of the Service that is there, four more fill the map.
+    cluster.forget(later)?;
+    let more = Service::new("more", 13).tcp(80, TARGET).udp(80, TARGET);
+    cluster.write(&more)?;
+    cluster.start_agents(&["node-a"], &["--max-frontends", "16"])?;
+    cluster.write(later)?;
+    let agent = cluster.agent("node-a")?;
+    agent.wait_log("it naming the flag", DEADLINE, |line| {
+        line.level == "ERROR" && line.mentions("default/later") && line.mentions("--max-frontends")
+    })?;
+    cluster.start_agents(&["node-a"], &["--max-frontends", "32"])?;
+    let to = SocketAddr::new(later.cluster_ip(Family::V4), 80);
+    cluster.pod("a1")?.reaches(Transport::Tcp, to, &["b1"])?;
+    cluster.forget(&more)?;
+    cluster.start_agents(&["node-a"], &[])
+}
+
+/// Clients inside notice nothing. Flows of packets begin anew, so that nobody outside is asked.
+fn layout(cluster: &mut Cluster, web: &Service) -> Result<()> {
+    under_load(cluster, web, &ALL[..2], |cluster, load| {
+        cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+        let owner = cluster.node("node-a")?.bpf_root().join("owner");
+        let update =
+            cluster.node("node-a")?.command("bpftool")?.args(["map", "update", "pinned"]).arg(&owner);
+        // The version stands first; the rest of the 96 octets does not matter here.
+        let value = ["99"].into_iter().chain(std::iter::repeat_n("0", 95));
+        update.args(["key", "0", "0", "0", "0", "value"]).args(value).run()?.success()?;
+        load.goes_on().context("without an agent")?;
+        cluster.agent("node-a")?.restart()?;
+        let written = synced_with_writes(cluster)?;
+        ensure!(written > 0, "it adopted maps of a layout that it does not know");
+        let log = cluster.agent("node-a")?.log();
+        ensure!(log.iter().any(|line| line.level == "WARN" && line.mentions("version 99")), "{log:#?}");
+        load.goes_on().context("with the new maps")?;
+        cluster.agent("node-a")?.restart()?;
+        let written = synced_with_writes(cluster)?;
+        ensure!(written == 0, "adopted with {written} writes");
+        load.goes_on()
+    })
+}
+
+fn max_entries(cluster: &Cluster, map: &str) -> Result<u64> {
+    let node = cluster.node("node-a")?;
+    let show = node.command("bpftool")?.args(["-j", "map", "show", "pinned"]).arg(node.bpf_root().join(map));
+    let shown: Value = serde_json::from_str(&show.run()?.success()?)?;
+    shown["max_entries"].as_u64().with_context(|| format!("no max_entries in {shown}"))
 }
 
 fn second(cluster: &mut Cluster, web: &Service) -> Result<()> {

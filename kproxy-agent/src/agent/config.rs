@@ -7,9 +7,10 @@ use ipnet::IpNet;
 use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
 
 use crate::{
-    cli::{NodeArgs, RuleArgs, Scope},
+    cli::{NodeArgs, RuleArgs, Scope, TableArgs},
     commands::UsageError,
     model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
+    programs::Capacities,
 };
 
 /// How long a UDP flow may idle: as conntrack's `nf_conntrack_udp_timeout_stream`.
@@ -63,6 +64,17 @@ pub fn model(
         },
         local_addresses,
     })
+}
+
+/// How much the maps hold.
+pub fn capacities(tables: &TableArgs) -> Capacities {
+    let TableArgs { max_frontends, max_backends, max_source_ranges } = *tables;
+    Capacities {
+        frontends: max_frontends,
+        backends: max_backends,
+        source_ranges: max_source_ranges,
+        ..Capacities::default()
+    }
 }
 
 /// The programs' configuration. The hash's key is `seed`, that of the agent before, if there was one: flows that
@@ -126,7 +138,7 @@ fn nodeport_addresses(given: &[String]) -> Result<NodePortAddresses> {
 }
 
 /// Two words that a stranger cannot guess: the standard library keys its hashes with the system's randomness.
-fn random() -> [u32; 2] {
+pub fn random() -> [u32; 2] {
     let word = std::hash::RandomState::new().hash_one(0_u8);
     [word as u32 | 1, (word >> 32) as u32]
 }

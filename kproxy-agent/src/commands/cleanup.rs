@@ -21,6 +21,7 @@ pub fn run(common: &Common, _args: &CleanupArgs) -> Result<()> {
     let _lock = node::Lock::take(root, || crate::maps::kernel::owner_text(root))?;
     let filters = remove_filters()?;
     let links = remove_all(&root.join("links"), |_| true)?;
+    programs::remove_next(root)?;
     let maps = remove_all(root, |name| programs::pinned_maps().contains(&name))?;
     println!("removed {links} links, {filters} filters and {maps} maps of kproxy from {}", root.display());
     Ok(())

@@ -35,7 +35,7 @@ pub use self::{
     drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
     lookup::{FirstError, Lookup},
-    read::owner_text,
+    read::{layout_version, owner_text},
     shape::ShapeError,
 };
 
@@ -89,8 +89,13 @@ pub struct KernelMaps {
 impl KernelMaps {
     /// Opens the maps that are pinned below `bpf_root`.
     pub fn open(bpf_root: &Path) -> Result<Self, MapError> {
+        Self::open_pins(|name| bpf_root.join(name))
+    }
+
+    /// Opens the maps that are pinned as `pin` says.
+    pub fn open_pins(pin: impl Fn(&str) -> PathBuf) -> Result<Self, MapError> {
         Self::from_maps(|name| {
-            let path = bpf_root.join(name);
+            let path = pin(name);
             Map::open(&path).map_err(|source| MapError::Open { path, source })
         })
     }

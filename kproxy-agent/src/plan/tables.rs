@@ -307,6 +307,12 @@ impl Tables {
         joined
     }
 
+    /// Gives out none of the identities before `first`, which is random: for tables that begin anew while flows
+    /// and affinity of the time before them are still there.
+    pub fn skip_identities(&mut self, first: u32) {
+        self.next_service = self.next_service.max(first);
+    }
+
     pub(super) fn reserve_number(&mut self) -> Option<u32> {
         let number = self.free_numbers.take(1)?;
         self.reserved_numbers.push(number);

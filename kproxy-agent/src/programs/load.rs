@@ -8,13 +8,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf, EbpfLoader,
-    maps::{HashMap, MapData},
-    programs::Program,
-};
+use aya::{Ebpf, EbpfLoader, maps::HashMap, programs::Program};
 use kproxy_common::{Address, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::pins::Pins;
 
 /// The compiled programs, `cargo xtask build` puts them here.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
@@ -26,29 +24,36 @@ pub struct Capacities {
     pub frontends: u32,
     /// Backend slots: twice the endpoints of all Services, since a change writes anew beside the old.
     pub backends: u32,
+    /// Prefixes of loadBalancerSourceRanges, for each frontend by itself.
+    pub source_ranges: u32,
     /// Flows of the packet path, in each of the two tables; also clients with session affinity.
     pub flows: u32,
 }
 
 impl Capacities {
+    /// What an agent takes that is told nothing.
+    pub const DEFAULT: Self =
+        Self { frontends: 32_768, backends: 262_144, source_ranges: 65_536, flows: 65_536 };
+
     /// Enough to see whether a kernel accepts maps and programs.
-    pub const SMALL: Self = Self { frontends: 16, backends: 16, flows: 16 };
+    pub const SMALL: Self = Self { frontends: 16, backends: 16, source_ranges: 16, flows: 16 };
 }
 
 impl Default for Capacities {
     fn default() -> Self {
-        Self { frontends: 32_768, backends: 262_144, flows: 65_536 }
+        Self::DEFAULT
     }
 }
 
 impl Capacities {
     /// The entries of a map, where they depend on the node rather than on the program.
-    fn of(&self, map: &str) -> Option<u32> {
+    pub(super) fn of(&self, map: &str) -> Option<u32> {
         match map {
             names::FRONTEND | names::SERVICE | names::SERVICE_INFO | names::ADDRESS | names::COUNTER => {
                 Some(self.frontends)
             }
             names::BACKEND => Some(self.backends),
+            names::SOURCE_RANGE => Some(self.source_ranges),
             names::AFFINITY | names::FLOW | names::FLOW_TRANSIENT => Some(self.flows),
             _ => None,
         }
@@ -107,16 +112,34 @@ pub enum LoadError {
 /// The loaded programs. They are attached by [`crate::programs::Attached`].
 pub struct Programs {
     pub(super) ebpf: Ebpf,
+    /// `None`: the maps are not pinned.
+    pins: Option<Pins>,
 }
 
 impl Programs {
     /// Opens the maps pinned below `root`, makes those that are missing, and loads every program over them.
-    /// Maps of another shape (another version, other capacities) are unpinned and made anew: the programs
-    /// that run keep the old ones until they are exchanged, which happens after the new ones are filled.
+    /// Beside maps of another shape (another version, other capacities) new ones are made: the programs that run
+    /// keep the old ones until they are exchanged, which happens after the new ones are filled. Then call
+    /// [`Programs::maps_take_place`].
     pub fn load(root: &Path, capacities: &Capacities) -> Result<Self, LoadError> {
         check_bpf_root(root)?;
-        unpin_others(root, capacities)?;
-        load(Some(root), capacities, &Features::probe())
+        let pins = Pins::choose(root, capacities)?;
+        load(Some(pins), capacities, &Features::probe())
+    }
+
+    /// Whether the tables of Services are others than those that are pinned.
+    pub fn replace_tables(&self) -> bool {
+        self.pins.as_ref().is_some_and(Pins::replace_tables)
+    }
+
+    /// These programs are attached: from now on their maps are found under the pins.
+    pub fn maps_take_place(&mut self) -> Result<(), LoadError> {
+        self.pins.as_mut().map_or(Ok(()), Pins::take_place)
+    }
+
+    /// Where a map of these programs is pinned by now.
+    pub fn pin(&self, map: &str) -> Option<PathBuf> {
+        Some(self.pins.as_ref()?.path(map))
     }
 
     /// Loads every program over maps of its own, which go with it: to see whether this kernel accepts them.
@@ -187,16 +210,14 @@ impl Programs {
     }
 }
 
-fn load(root: Option<&Path>, capacities: &Capacities, features: &Features) -> Result<Programs, LoadError> {
-    let pins: Vec<(&str, Option<PathBuf>)> =
-        pinned_maps().iter().map(|name| (*name, root.map(|root| root.join(name)))).collect();
+fn load(pins: Option<Pins>, capacities: &Capacities, features: &Features) -> Result<Programs, LoadError> {
     let Features { set_retval } = features;
     let set_retval = u32::from(*set_retval);
     let mut loader = EbpfLoader::new();
     loader.override_global("HAS_SET_RETVAL", &set_retval, true);
-    for (name, pin) in &pins {
-        if let Some(pin) = pin {
-            loader.map_pin_path(name, pin.clone());
+    for name in pinned_maps() {
+        if let Some(pins) = &pins {
+            loader.map_pin_path(name, pins.path(name));
         }
         if let Some(entries) = capacities.of(name) {
             loader.map_max_entries(name, entries);
@@ -211,7 +232,7 @@ fn load(root: Option<&Path>, capacities: &Capacities, features: &Features) -> Re
         };
         loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;
     }
-    Ok(Programs { ebpf })
+    Ok(Programs { ebpf, pins })
 }
 
 /// The names of all maps that are pinned.
@@ -274,58 +295,4 @@ pub fn has_set_retval() -> bool {
         aya::sys::BpfHelper::BPF_FUNC_set_retval,
     )
     .unwrap_or(false)
-}
-
-/// Removes the pins of maps that this version cannot use.
-fn unpin_others(root: &Path, capacities: &Capacities) -> Result<(), LoadError> {
-    for name in pinned_maps() {
-        let pin = root.join(name);
-        let Ok(map) = MapData::from_pin(&pin) else {
-            continue;
-        };
-        let usable = map.info().is_ok_and(|info| {
-            shape(name).is_none_or(|(key, value)| (info.key_size(), info.value_size()) == (key, value))
-                && capacities.of(name).is_none_or(|entries| info.max_entries() == entries)
-        });
-        if usable {
-            continue;
-        }
-        tracing::warn!(
-            map = name,
-            "the pinned map has another layout or capacity: it is made anew and filled"
-        );
-        drop(map);
-        fs::remove_file(&pin).map_err(|source| LoadError::Io { what: "unpin", path: pin.clone(), source })?;
-    }
-    Ok(())
-}
-
-/// Key and value sizes in octets, as this version lays them out.
-fn shape(map: &str) -> Option<(u32, u32)> {
-    use kproxy_common::{
-        AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses, DropBudget,
-        DropListener, Flow, FlowKey, FrontendKey, Owner, ServiceEntry, ServiceInfo, SocketRecords,
-        SourceRangeKey,
-    };
-    let sizes = match map {
-        names::FRONTEND => (size_of::<FrontendKey>(), 4),
-        names::SERVICE => (4, size_of::<ServiceEntry>()),
-        names::SERVICE_INFO => (4, size_of::<ServiceInfo>()),
-        names::BACKEND => (4, size_of::<Backend>()),
-        names::ADDRESS => (size_of::<Address>(), size_of::<AddressEntry>()),
-        names::SOURCE_RANGE => (size_of::<SourceRangeKey>(), 4),
-        names::AFFINITY => (size_of::<AffinityKey>(), size_of::<AffinityValue>()),
-        names::FLOW | names::FLOW_TRANSIENT => (size_of::<FlowKey>(), size_of::<Flow>()),
-        names::SOCKET => (4, size_of::<SocketRecords>()),
-        names::COUNTER => (4, size_of::<Counters>()),
-        names::REASON => (4, 8),
-        names::DROP_EVENT => (0, 0),
-        names::DROP_LISTENER => (4, size_of::<DropListener>()),
-        names::DROP_BUDGET => (4, size_of::<DropBudget>()),
-        names::CONFIG => (4, size_of::<Config>()),
-        names::DEVICE => (4, size_of::<DeviceAddresses>()),
-        names::OWNER => (4, size_of::<Owner>()),
-        _ => return None,
-    };
-    Some((sizes.0 as u32, sizes.1 as u32))
 }

@@ -91,7 +91,8 @@ pub fn in_world(capacities: Capacities, test: impl FnOnce(&mut World) + Send) {
 }
 
 /// Enough for every test that is not about room.
-pub const ROOM: Capacities = Capacities { frontends: 512, backends: 4_096, flows: 65_536 };
+pub const ROOM: Capacities =
+    Capacities { frontends: 512, backends: 4_096, source_ranges: 4_096, flows: 65_536 };
 
 impl World {
     fn new(capacities: Capacities) -> Self {

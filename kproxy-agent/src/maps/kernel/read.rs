@@ -137,6 +137,14 @@ pub fn owner_text(bpf_root: &Path) -> Option<String> {
     ))
 }
 
+/// In which layout the maps below `bpf_root` are; `None` if nobody has written them yet.
+pub fn layout_version(bpf_root: &Path) -> Option<u32> {
+    let map = Map::open(&bpf_root.join(map_names::OWNER)).ok()?;
+    // The version stands first in every layout.
+    let value = map.lookup(&0_u32.to_ne_bytes()).ok()??;
+    u32_at(&value, offset_of!(Owner, layout_version)).filter(|version| *version != 0)
+}
+
 fn read_owner(map: &Map) -> Result<Option<Owner>, MapError> {
     let bytes = map.lookup(&0_u32.to_ne_bytes()).map_err(failed(map_names::OWNER))?.unwrap_or_default();
     if bytes.len() != size_of::<Owner>() || bytes.iter().all(|byte| *byte == 0) {
