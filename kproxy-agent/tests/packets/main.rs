@@ -3,6 +3,8 @@
 
 mod cluster;
 mod frame;
+mod nat;
+mod property;
 mod table;
 mod verifier;
 mod world;

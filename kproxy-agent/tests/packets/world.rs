@@ -14,6 +14,7 @@ use kproxy::{
     },
     model::{Change, Model, NodeConfig, parse},
     programs::{Capacities, Programs},
+    wanted::ServiceKey,
 };
 use kproxy_common::{
     Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, MAX_CIDRS, PacketVerdict, Protocol,
@@ -70,6 +71,8 @@ pub struct World {
     host: Flows,
     devices: [u32; 3],
     is_synced: bool,
+    /// The counters of verdicts, when they were last read.
+    counted: BTreeMap<Reason, u64>,
     buffer: Vec<u8>,
 }
 
@@ -156,6 +159,7 @@ impl World {
             host,
             devices,
             is_synced: false,
+            counted: Reason::ALL.iter().map(|reason| (*reason, 0)).collect(),
             buffer: vec![0; 70_000],
         }
     }
@@ -230,7 +234,6 @@ impl World {
     /// the packet as it goes on, if it does.
     pub fn meet(&mut self, at: At, link: Link, frame: &Frame) -> (PacketVerdict, Option<Frame>) {
         let bytes = frame.bytes();
-        let before = self.reasons();
         let outcome = self.run(at, link, &bytes);
         let verdict = self.decide(at, frame);
         let about = || format!("{at:?} {link:?} {} to {}: {verdict:?}", frame.source(), frame.destination());
@@ -253,17 +256,41 @@ impl World {
             let read = Frame::read(link, &outcome.bytes);
             panic!("{}:\n{:02x?} expected\n{:02x?}, {read:?}", about(), expected.bytes(), outcome.bytes);
         }
-        let counted = self.reasons().into_iter().filter(|(reason, count)| before[reason] != *count);
-        let counted: Vec<_> = counted.map(|(reason, count)| (reason, count - before[&reason])).collect();
+        let counted = self.newly_counted();
         let is_counted = !matches!(reason, Reason::NotAService | Reason::NoFlow);
         assert_eq!(counted, Vec::from_iter(is_counted.then_some((reason, 1))), "{}", about());
         (verdict, (action == Action::Next).then_some(expected))
     }
 
-    /// How often each verdict was given, by its reason.
-    pub fn reasons(&self) -> BTreeMap<Reason, u64> {
+    /// No packet was ever met, and there is no Service.
+    pub fn reset(&mut self) {
+        for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
+            let map = self.programs.object().map_mut(map).expect("the map is in the object");
+            let mut map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
+            let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
+            keys.iter().for_each(|key| map.remove(key).expect("it is there"));
+        }
+        let devices = std::mem::take(&mut self.host.devices);
+        self.host = Flows::default();
+        self.host.devices = devices;
+        let services: Vec<_> = self.reconciler.tables().services().cloned().collect();
+        let gone = services.into_iter().flat_map(|key| {
+            let slices = ["v4", "v6"].map(|family| {
+                let key = ServiceKey { name: format!("{}-{family}", key.name), ..key.clone() };
+                Change::EndpointSlice(key, None)
+            });
+            [Change::Service(key, None)].into_iter().chain(slices)
+        });
+        self.apply(gone.collect::<Vec<_>>().into_iter());
+    }
+
+    /// How often each verdict was given since this was last asked, by its reason.
+    pub fn newly_counted(&mut self) -> Vec<(Reason, u64)> {
         let reasons = self.maps.reasons().expect("the counters can be read");
-        reasons.into_iter().map(|(reason, cpus)| (reason, cpus.iter().sum())).collect()
+        let reasons = reasons.into_iter().map(|(reason, cpus)| (reason, cpus.iter().sum())).collect();
+        let before = std::mem::replace(&mut self.counted, reasons);
+        let new = self.counted.iter().map(|(reason, count)| (*reason, count - before[reason]));
+        new.filter(|(_, count)| *count != 0).collect()
     }
 
     /// The entries in `flow` or `flow_transient`.

@@ -1,0 +1,178 @@
+//! Network address translation as one would explain it: a list of sessions, looked through from end to end. It
+//! knows no hooks, no tables and no hashes; which backend a new session gets, it is told, and checks.
+
+use std::net::SocketAddr;
+
+use kproxy_common::Protocol;
+
+use crate::{
+    cluster::{Family, Who},
+    frame::{FIN, RST, SYN},
+};
+
+/// Endpoints that a client may be sent to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Offer {
+    pub backends: Vec<Who>,
+    /// The backends see this node instead of the client, wherever they are.
+    pub hides_client: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    /// The backend has not answered.
+    Asked,
+    /// The backend has not answered, and one of both has given up.
+    GivenUp,
+    /// Both have sent something.
+    Open { client_is_done: bool, backend_is_done: bool },
+    /// Both are done, or one has broken it off.
+    Over,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Session {
+    pub protocol: Protocol,
+    pub client: SocketAddr,
+    pub frontend: SocketAddr,
+    pub backend: SocketAddr,
+    /// Who the backend thinks that it talks to.
+    pub peer: SocketAddr,
+    state: State,
+}
+
+#[derive(Default)]
+pub struct Nat {
+    pub sessions: Vec<Session>,
+}
+
+/// What becomes of a client's packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
+    /// It goes where the session goes.
+    Along(Session),
+    /// It may begin a session.
+    Begins,
+    /// It goes where the session goes, or begins a new one: both are right.
+    Either(Session),
+    /// It is none of ours.
+    Untouched,
+}
+
+impl Nat {
+    /// A packet of the client.
+    pub fn from_client(
+        &mut self,
+        protocol: Protocol,
+        client: SocketAddr,
+        frontend: SocketAddr,
+        flags: u8,
+    ) -> Fate {
+        let opens = protocol != Protocol::Tcp || flags == SYN;
+        let known = self.sessions.iter_mut().find(|session| {
+            (session.protocol, session.client, session.frontend) == (protocol, client, frontend)
+        });
+        let Some(session) = known else {
+            return if opens { Fate::Begins } else { Fate::Untouched };
+        };
+        if protocol == Protocol::Tcp && opens {
+            match session.state {
+                State::Asked => return Fate::Along(*session),
+                State::GivenUp => return Fate::Either(*session),
+                // The client uses its port again.
+                State::Open { .. } | State::Over => return Fate::Begins,
+            }
+        }
+        if protocol == Protocol::Tcp {
+            session.state = match session.state {
+                State::Asked if flags & RST != 0 => State::GivenUp,
+                State::Open { backend_is_done, .. } if flags & FIN != 0 => {
+                    State::Open { client_is_done: true, backend_is_done }.settled()
+                }
+                State::Open { .. } if flags & RST != 0 => State::Over,
+                state => state,
+            };
+        }
+        Fate::Along(*session)
+    }
+
+    /// A packet of the backend to whom it thinks it talks; the session that it is of, if it is of one.
+    pub fn from_backend(
+        &mut self,
+        protocol: Protocol,
+        backend: SocketAddr,
+        peer: SocketAddr,
+        flags: u8,
+    ) -> Option<Session> {
+        let session = self
+            .sessions
+            .iter_mut()
+            .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer))?;
+        let is_reset = protocol == Protocol::Tcp && flags & RST != 0;
+        let is_last = protocol == Protocol::Tcp && flags & FIN != 0;
+        session.state = match session.state {
+            State::Asked | State::GivenUp if is_reset => State::GivenUp,
+            State::Asked | State::GivenUp => State::Open { client_is_done: false, backend_is_done: false },
+            State::Open { .. } if is_reset => State::Over,
+            State::Open { client_is_done, .. } if is_last => {
+                State::Open { client_is_done, backend_is_done: true }.settled()
+            }
+            state => state,
+        };
+        Some(*session)
+    }
+
+    /// The session that a client's packet began, in place of the one before on the same ends.
+    pub fn begin(
+        &mut self,
+        protocol: Protocol,
+        client: SocketAddr,
+        frontend: SocketAddr,
+        backend: SocketAddr,
+        peer: SocketAddr,
+    ) {
+        self.sessions.retain(|session| {
+            (session.protocol, session.client, session.frontend) != (protocol, client, frontend)
+        });
+        let taken = self
+            .sessions
+            .iter()
+            .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer));
+        assert_eq!(taken, None, "{backend} cannot tell {client}'s session from it");
+        self.sessions.push(Session { protocol, client, frontend, backend, peer, state: State::Asked });
+    }
+}
+
+impl State {
+    fn settled(self) -> Self {
+        match self {
+            Self::Open { client_is_done: true, backend_is_done: true } => Self::Over,
+            state => state,
+        }
+    }
+}
+
+/// What a Service with these policies offers to whom. Not what the plan computes: what the rules say.
+pub fn offer(endpoints: &[Who], is_cluster_ip: bool, is_local_policy: bool, client: Who) -> Option<Offer> {
+    let is_outside = matches!(client, Who::Client(_));
+    let hides_client = is_cluster_ip && is_outside;
+    let backends: Vec<Who> = if is_local_policy && !is_cluster_ip && is_outside {
+        endpoints.iter().copied().filter(|who| matches!(who, Who::Here(_))).collect()
+    } else {
+        endpoints.to_vec()
+    };
+    (!backends.is_empty()).then_some(Offer { backends, hides_client })
+}
+
+impl Offer {
+    /// Whether the backend sees this node instead of the client.
+    pub fn is_hidden(&self, client: Who, backend: Who) -> bool {
+        let came_by_uplink = !matches!(client, Who::Here(_));
+        self.hides_client || came_by_uplink && !matches!(backend, Who::Here(_))
+    }
+
+    /// Whose address this is.
+    pub fn whose(&self, family: Family, backend: SocketAddr) -> Option<Who> {
+        self.backends.iter().copied().find(|who| who.ip(family) == backend.ip())
+    }
+}
