@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use etherparse::{
-    Ethernet2Header, IpHeaders, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader, UdpHeader,
+    EtherType, Ethernet2Header, IpHeaders, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader,
+    UdpHeader,
 };
 use kproxy_common::{PacketMeta, Protocol, TcpFlags};
 
@@ -104,11 +105,7 @@ impl Frame {
         let ethernet = matches!(link, Link::Ethernet).then(|| Ethernet2Header {
             source: [2, 0, 0, 0, 0, 1],
             destination: [2, 0, 0, 0, 0, 2],
-            ether_type: if matches!(ip, IpHeaders::Ipv4(..)) {
-                etherparse::EtherType::IPV4
-            } else {
-                etherparse::EtherType::IPV6
-            },
+            ether_type: ether_type(matches!(ip, IpHeaders::Ipv4(..))),
         });
         Self { ethernet, ip, transport, payload: Vec::new() }
     }
@@ -144,6 +141,14 @@ impl Frame {
             Transport::Udp(header, _) => header.source_port = from.port(),
         }
         self
+    }
+
+    /// Whether the transport header follows the IP header at once.
+    pub fn has_no_extensions(&self) -> bool {
+        match &self.ip {
+            IpHeaders::Ipv4(_, extensions) => extensions.is_empty(),
+            IpHeaders::Ipv6(_, extensions) => extensions.is_empty(),
+        }
     }
 
     pub fn source(&self) -> SocketAddr {
@@ -216,6 +221,17 @@ impl Frame {
 
     /// Reads a packet that is sound in every way, checksums included. Why not, otherwise.
     pub fn read(link: Link, bytes: &[u8]) -> Result<Self, String> {
+        let frame = Self::parse(link, bytes)?;
+        let anew = frame.bytes();
+        // What is behind the packet's end pads the frame.
+        if !same(&anew, &bytes[..anew.len().min(bytes.len())], frame.checksums()) {
+            return Err(format!("a checksum is wrong: {anew:02x?} expected, {bytes:02x?} found"));
+        }
+        Ok(frame)
+    }
+
+    /// Reads a packet whose headers are sound; checksums are not looked at.
+    pub fn parse(link: Link, bytes: &[u8]) -> Result<Self, String> {
         let (ethernet, rest) = match link {
             Link::Ethernet => {
                 let (header, rest) = Ethernet2Header::from_slice(bytes).map_err(|error| error.to_string())?;
@@ -224,13 +240,12 @@ impl Frame {
             Link::Ip => (None, bytes),
         };
         let (ip, payload) = IpHeaders::from_slice(rest).map_err(|error| error.to_string())?;
+        let is_v4 = matches!(ip, IpHeaders::Ipv4(..));
+        if ethernet.as_ref().is_some_and(|header| header.ether_type != ether_type(is_v4)) {
+            return Err("the Ethernet header says otherwise".to_owned());
+        }
         if payload.fragmented {
             return Err("a fragment".to_owned());
-        }
-        if let IpHeaders::Ipv4(header, _) = &ip
-            && header.header_checksum != header.calc_header_checksum()
-        {
-            return Err("the IPv4 checksum is wrong".to_owned());
         }
         let (transport, body) = match payload.ip_number {
             IpNumber::TCP => {
@@ -249,13 +264,7 @@ impl Frame {
             }
             other => return Err(format!("protocol {}", other.0)),
         };
-        let frame = Self { ethernet, ip, transport, payload: body.to_vec() };
-        let anew = frame.bytes();
-        let length = link.header_length() + frame.ip.header_len() + payload.payload.len();
-        if !same(&anew, &bytes[..length.min(bytes.len())], frame.checksums()) {
-            return Err(format!("the transport checksum is wrong: {anew:02x?} expected, {bytes:02x?} found"));
-        }
-        Ok(frame)
+        Ok(Self { ethernet, ip, transport, payload: body.to_vec() })
     }
 
     /// Where its checksums lie.
@@ -323,6 +332,10 @@ fn same(one: &[u8], other: &[u8], checksums: [Option<usize>; 2]) -> bool {
         }
     }
     one == other
+}
+
+fn ether_type(is_v4: bool) -> EtherType {
+    if is_v4 { EtherType::IPV4 } else { EtherType::IPV6 }
 }
 
 fn set_flags(header: &mut TcpHeader, flags: u8) {

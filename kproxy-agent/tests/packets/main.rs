@@ -3,6 +3,8 @@
 
 mod cluster;
 mod frame;
+mod fuzz;
+mod hostile;
 mod nat;
 mod property;
 mod table;

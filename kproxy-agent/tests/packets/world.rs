@@ -17,8 +17,8 @@ use kproxy::{
     wanted::ServiceKey,
 };
 use kproxy_common::{
-    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, MAX_CIDRS, PacketVerdict, Protocol,
-    Reason, map_names, on_egress, on_ingress,
+    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, MAX_CIDRS, PacketMeta, PacketVerdict,
+    Protocol, Reason, map_names, on_egress, on_ingress,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -220,13 +220,17 @@ impl World {
 
     /// What the host decides about this packet, having met all packets before.
     pub fn decide(&mut self, at: At, frame: &Frame) -> PacketVerdict {
+        self.decide_about(at, &frame.meta())
+    }
+
+    /// The same, about what was read of it.
+    pub fn decide_about(&mut self, at: At, meta: &PacketMeta) -> PacketVerdict {
         self.host.now = now();
         let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
-        let meta = frame.meta();
         match at {
-            At::In(Device::Pod) => on_ingress(&view, &meta, ClientKind::Pod),
-            At::In(Device::Uplink | Device::Aside) => on_ingress(&view, &meta, ClientKind::Outside),
-            At::Out(device) => on_egress(&view, &meta, self.devices[device as usize]),
+            At::In(Device::Pod) => on_ingress(&view, meta, ClientKind::Pod),
+            At::In(Device::Uplink | Device::Aside) => on_ingress(&view, meta, ClientKind::Outside),
+            At::Out(device) => on_egress(&view, meta, self.devices[device as usize]),
         }
     }
 
