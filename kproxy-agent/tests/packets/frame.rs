@@ -267,20 +267,19 @@ impl Frame {
         Ok(Self { ethernet, ip, transport, payload: body.to_vec() })
     }
 
-    /// Where its checksums lie.
+    /// Where checksums lie of which both forms of zero in one's complement are right. Of UDP's only one is: 0 says that
+    /// there is none.
     fn checksums(&self) -> [Option<usize>; 2] {
         let network = if self.ethernet.is_some() { Ethernet2Header::LEN } else { 0 };
         let transport = network + self.ip.header_len();
         let at = match &self.transport {
             Transport::Tcp(_) => Some(transport + 16),
-            Transport::Udp(_, true) => Some(transport + 6),
-            Transport::Udp(_, false) => None,
+            Transport::Udp(..) => None,
         };
         [matches!(self.ip, IpHeaders::Ipv4(..)).then_some(network + 10), at]
     }
 
-    /// Whether these are this packet's bytes. Of a checksum, both forms of zero in one's complement are right; an
-    /// incremental update can give either.
+    /// Whether these are this packet's bytes; where a checksum may have either zero, an incremental update gives one.
     pub fn is(&self, bytes: &[u8]) -> bool {
         same(&self.bytes(), bytes, self.checksums())
     }

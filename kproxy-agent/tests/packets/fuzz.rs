@@ -12,7 +12,7 @@ use crate::{
     cluster::{Service, Who},
     frame::{Frame, Link},
     hostile::{Dice, Kind, packet},
-    world::{Action, At, Device, ROOM, World, in_world},
+    world::{Action, At, Device, ROOM, World, in_world, is_long_enough},
 };
 
 /// Enough to meet each way through the programs many times, in seconds of a debug build.
@@ -44,8 +44,8 @@ fn nothing_that_comes_is_translated_wrongly() {
                 let (at, link) = dice.of(&HOOKS);
                 // A third is sound, so that there are flows for the rest to meet.
                 let kind = if dice.one_in(3) { Kind::Sound } else { dice.of(&Kind::ALL) };
-                let bytes =
-                    std::iter::repeat_with(|| packet(&mut dice, link, kind)).find(|bytes| can_run(bytes));
+                let bytes = std::iter::repeat_with(|| packet(&mut dice, link, kind))
+                    .find(|bytes| is_long_enough(bytes));
                 let bytes = bytes.expect("nearly all can");
                 let outcome = judge(world, at, link, &bytes)
                     .unwrap_or_else(|error| panic!("seed {seed}, round {round}, packet {number}: {kind:?} at {at:?} {link:?}: {error}\n{bytes:02x?}"));
@@ -58,16 +58,6 @@ fn nothing_that_comes_is_translated_wrongly() {
         }
         tally.print(packets, start.elapsed());
     });
-}
-
-/// Whether a test run takes it: not without a whole IP header behind where an Ethernet header ends. Such packets the
-/// kernel's own receive path does not take either.
-fn can_run(bytes: &[u8]) -> bool {
-    match bytes.get(12..14) {
-        Some([0x08, 0x00]) => bytes.len() >= 14 + 20,
-        Some([0x86, 0xdd]) => bytes.len() >= 14 + 40,
-        kind => kind.is_some(),
-    }
 }
 
 /// What came of a packet.

@@ -1,10 +1,12 @@
 //! The loaded packet programs under BPF_PROG_TEST_RUN, and the same decision on the host: no packet leaves this
 //! process, and no program is attached.
 
+mod checksums;
 mod cluster;
 mod frame;
 mod fuzz;
 mod hostile;
+mod longrun;
 mod nat;
 mod property;
 mod table;

@@ -218,6 +218,15 @@ impl World {
         Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
     }
 
+    /// Whether this kernel's test runs take a packet as long as this one; tried where no program changes it.
+    pub fn can_run(&mut self, bytes: &[u8]) -> bool {
+        let mut foreign = bytes.to_vec();
+        foreign[12..14].fill(0);
+        let program = self.programs.object().program("out_eth").expect("the program is in the object");
+        let program: &SchedClassifier = program.try_into().expect("it is a classifier");
+        program.test_run(TestRunOptions { data_in: Some(&foreign), ..TestRunOptions::new() }).is_ok()
+    }
+
     /// What the host decides about this packet, having met all packets before.
     pub fn decide(&mut self, at: At, frame: &Frame) -> PacketVerdict {
         self.decide_about(at, &frame.meta())
@@ -330,6 +339,16 @@ pub fn program(at: At, link: Link) -> &'static str {
 fn device(at: At) -> Device {
     match at {
         At::In(device) | At::Out(device) => device,
+    }
+}
+
+/// Whether a test run takes it: not without a whole IP header behind where an Ethernet header ends. Such packets the
+/// kernel's own receive path does not take either.
+pub fn is_long_enough(bytes: &[u8]) -> bool {
+    match bytes.get(12..14) {
+        Some([0x08, 0x00]) => bytes.len() >= 14 + 20,
+        Some([0x86, 0xdd]) => bytes.len() >= 14 + 40,
+        kind => kind.is_some(),
     }
 }
 

@@ -1,0 +1,214 @@
+//! With the agent dead: the programs themselves retire what ends, so that the tables neither fill nor lose what is
+//! open, however many connections come and go and whoever floods.
+//!
+//! `KPROXY_CONNECTIONS=1000000` takes more of a day; the tables stay as small.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Instant};
+
+use kproxy::programs::Capacities;
+use kproxy_common::{Flow, FlowKey, FlowState, Protocol, Role, map_names};
+
+use crate::{
+    cluster::{Family, Service, Who},
+    frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
+    hostile::Dice,
+    world::{Action, At, Device, World, in_world},
+};
+
+/// Small enough to be filled many times over by what follows. Before Linux 6.16 each CPU takes free elements of an LRU
+/// map by 128, so that smaller ones would measure that.
+const TABLES: Capacities = Capacities { frontends: 64, backends: 256, flows: 4_096 };
+
+/// How many connections stay open all along: a quarter of the table, at two or four entries each.
+const STANDING: u16 = 256;
+const CONNECTIONS: u64 = 60_000;
+const FLOOD: u64 = 100_000;
+
+/// A connection as its two ends see it.
+#[derive(Clone, Copy)]
+struct Connection {
+    protocol: Protocol,
+    client: SocketAddr,
+    frontend: SocketAddr,
+    backend: SocketAddr,
+    peer: SocketAddr,
+}
+
+impl Connection {
+    /// The client's first packet through both hooks; `None` if it does not get through.
+    fn ask(world: &mut World, protocol: Protocol, client: SocketAddr, frontend: SocketAddr) -> Option<Self> {
+        let sent =
+            pass(world, At::In(Device::Uplink), &Frame::of(protocol, Link::Ethernet, client, frontend, SYN))?;
+        let backend = sent.destination();
+        let sent = pass(world, At::Out(device(backend)), &sent)?;
+        Some(Self { protocol, client, frontend, backend, peer: sent.source() })
+    }
+
+    /// A packet of the client arrives at the backend.
+    fn request(&self, world: &mut World, flags: u8) -> bool {
+        let packet = Frame::of(self.protocol, Link::Ethernet, self.client, self.frontend, flags);
+        let sent = pass(world, At::In(Device::Uplink), &packet);
+        let sent = sent.and_then(|sent| pass(world, At::Out(device(self.backend)), &sent));
+        sent.is_some_and(|sent| (sent.source(), sent.destination()) == (self.peer, self.backend))
+    }
+
+    /// A packet of the backend arrives at the client.
+    fn reply(&self, world: &mut World, flags: u8) -> bool {
+        let packet = Frame::of(self.protocol, Link::Ethernet, self.backend, self.peer, flags);
+        let sent = pass(world, At::In(device(self.backend)), &packet);
+        let sent = sent.and_then(|sent| pass(world, At::Out(Device::Uplink), &sent));
+        sent.is_some_and(|sent| (sent.source(), sent.destination()) == (self.frontend, self.client))
+    }
+}
+
+/// A packet through one program, without the host's opinion: its tables do not evict.
+fn pass(world: &mut World, at: At, packet: &Frame) -> Option<Frame> {
+    let outcome = world.run(at, Link::Ethernet, &packet.bytes());
+    (outcome.action == Action::Next)
+        .then(|| Frame::read(Link::Ethernet, &outcome.bytes).expect("it is sound"))
+}
+
+fn device(end: SocketAddr) -> Device {
+    let is_here = [Family::V4, Family::V6].into_iter().any(|family| Who::Here(1).ip(family) == end.ip());
+    if is_here { Device::Pod } else { Device::Uplink }
+}
+
+/// One Service with a backend here and one elsewhere.
+fn with_standing(test: impl FnOnce(&mut World, &[Connection]) + Send) {
+    in_world(TABLES, |world| {
+        world.have(&[Service::new(1, &[Who::Here(1), Who::There(1)])]);
+        let mut standing = Vec::new();
+        for number in 0..STANDING {
+            let protocol = if number % 4 == 0 { Protocol::Udp } else { Protocol::Tcp };
+            let family = if number % 2 == 0 { Family::V4 } else { Family::V6 };
+            let frontend = Who::Node.at(family, if protocol == Protocol::Udp { 30_201 } else { 30_101 });
+            let client = Who::Client(1).at(family, 20_000 + number);
+            let connection = Connection::ask(world, protocol, client, frontend).expect("there is room");
+            assert!(connection.reply(world, SYN | ACK) && connection.request(world, ACK));
+            standing.push(connection);
+        }
+        test(world, &standing);
+    });
+}
+
+/// All of them still get through, both ways.
+fn all_stand(world: &mut World, standing: &[Connection], when: &str) {
+    for connection in standing {
+        let Connection { client, backend, .. } = connection;
+        assert!(connection.request(world, ACK | PSH), "{when}: {client} does not reach {backend}");
+        assert!(connection.reply(world, ACK | PSH), "{when}: {backend} does not reach {client}");
+    }
+}
+
+#[test]
+fn a_day_of_connections_past_a_dead_agent() {
+    let connections = std::env::var("KPROXY_CONNECTIONS").map_or(CONNECTIONS, |text| text.parse().unwrap());
+    with_standing(|world, standing| {
+        let start = Instant::now();
+        let established = world.entries(map_names::FLOW).len();
+        let mut dice = Dice::new(5);
+        let mut most = 0;
+        for number in 0..connections {
+            let family = dice.of(&[Family::V4, Family::V6]);
+            // 250 clients with 25,000 ports each: what comes again comes much later.
+            let (host, port) = ((number % 250) as u8, 30_000 + (number / 250 % 25_000) as u16);
+            let client = Who::Client(host.max(2)).at(family, port);
+            let connection = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(family, 30_101))
+                .unwrap_or_else(|| panic!("connection {number} is not taken"));
+            let arrived = connection.reply(world, SYN | ACK)
+                && connection.request(world, ACK)
+                && connection.request(world, ACK | PSH)
+                && connection.reply(world, ACK | PSH)
+                && match dice.below(4) {
+                    0 => connection.request(world, RST | ACK),
+                    1 => connection.reply(world, RST | ACK),
+                    2 => {
+                        connection.request(world, ACK | FIN)
+                            && connection.reply(world, ACK | FIN)
+                            && connection.request(world, ACK)
+                    }
+                    _ => {
+                        connection.reply(world, ACK | FIN)
+                            && connection.request(world, ACK | FIN)
+                            && connection.reply(world, ACK)
+                    }
+                };
+            assert!(arrived, "connection {number} is cut");
+            if number % 5_000 == 0 {
+                all_stand(world, standing, "while others come and go");
+                most = most.max(world.entries(map_names::FLOW).len());
+            }
+        }
+        all_stand(world, standing, "after all others");
+        assert_eq!(world.entries(map_names::FLOW).len(), established, "what ended is still in the table");
+        assert_eq!(most, established);
+        println!(
+            "{connections} connections in {:.1?}; {established} entries of {STANDING} that stand, {} of others, of {}",
+            start.elapsed(),
+            world.entries(map_names::FLOW_TRANSIENT).len(),
+            TABLES.flows
+        );
+    });
+}
+
+#[test]
+fn a_flood_of_openings_pushes_nobody_out() {
+    with_standing(|world, standing| {
+        let established = timeless(world.entries(map_names::FLOW));
+        let mut dice = Dice::new(6);
+        for number in 0..FLOOD {
+            let family = dice.of(&[Family::V4, Family::V6]);
+            let (protocol, port) = dice.of(&[(Protocol::Tcp, 30_101), (Protocol::Udp, 30_201)]);
+            // Nobody is there to answer: the addresses are forged.
+            let client = Who::Client(2 + dice.below(250) as u8).at(family, 1 + dice.below(65_535) as u16);
+            Connection::ask(world, protocol, client, Who::Node.at(family, port));
+            if number % 25_000 == 0 {
+                all_stand(world, standing, "in the flood");
+                // One who comes in the middle of it is served as well.
+                let client = Who::Client(1).at(family, 40_000 + (number / 25_000) as u16);
+                let late = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(family, 30_101));
+                let late = late.expect("it is taken");
+                assert!(
+                    late.reply(world, SYN | ACK) && late.request(world, ACK | PSH) && late.reply(world, RST)
+                );
+            }
+        }
+        all_stand(world, standing, "after the flood");
+        assert_eq!(timeless(world.entries(map_names::FLOW)), established);
+        let opening = world.entries(map_names::FLOW_TRANSIENT);
+        let half_open = opening.values().filter(|flow| flow.state == FlowState::Opening).count();
+        println!(
+            "{FLOOD} openings without an answer; {half_open} entries of them are left, of {}",
+            TABLES.flows
+        );
+        assert!(opening.len() <= TABLES.flows as usize);
+    });
+}
+
+/// A forged answer makes no flow: only what a backend sends on a flow's own ends does.
+#[test]
+fn only_the_backends_answer_makes_a_flow_established() {
+    with_standing(|world, _| {
+        let established = world.entries(map_names::FLOW).len();
+        let client = Who::Client(9).at(Family::V4, 20_000);
+        let asked = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(Family::V4, 30_101)).unwrap();
+        for flags in [ACK, ACK | PSH, ACK | FIN, RST] {
+            asked.request(world, flags);
+        }
+        let other = Who::There(2).at(Family::V4, 8_080);
+        for flags in [SYN | ACK, ACK] {
+            let forged = Frame::of(Protocol::Tcp, Link::Ethernet, other, asked.peer, flags);
+            pass(world, At::In(Device::Uplink), &forged);
+            let forged = Frame::of(Protocol::Tcp, Link::Ethernet, other, client, flags);
+            pass(world, At::Out(Device::Uplink), &forged);
+        }
+        assert_eq!(world.entries(map_names::FLOW).len(), established);
+        assert!(asked.reply(world, SYN | ACK));
+        let roles = world.entries(map_names::FLOW).len() - established;
+        assert_eq!(roles, if asked.peer == client { [Role::Request, Role::Reply].len() } else { 4 });
+    });
+}
+
+fn timeless(entries: BTreeMap<FlowKey, Flow>) -> BTreeMap<FlowKey, Flow> {
+    entries.into_iter().map(|(key, flow)| (key, Flow { last_seen: 0, ..flow })).collect()
+}
