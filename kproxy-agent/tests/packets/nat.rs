@@ -61,7 +61,7 @@ pub enum Fate {
 
 impl Nat {
     /// A packet of the client.
-    pub fn from_client(
+    pub fn client_sends(
         &mut self,
         protocol: Protocol,
         client: SocketAddr,
@@ -97,7 +97,7 @@ impl Nat {
     }
 
     /// A packet of the backend to whom it thinks it talks; the session that it is of, if it is of one.
-    pub fn from_backend(
+    pub fn backend_sends(
         &mut self,
         protocol: Protocol,
         backend: SocketAddr,

@@ -187,12 +187,12 @@ impl History<'_, '_> {
             }
             Event::Client { session, flags } => {
                 if let Some(Session { protocol, client, frontend, .. }) = self.session(session) {
-                    self.from_client(protocol, client, frontend, flags, None);
+                    self.client_sends(protocol, client, frontend, flags, None);
                 }
             }
             Event::Backend { session, flags } => {
                 if let Some(Session { protocol, backend, peer, .. }) = self.session(session) {
-                    self.from_backend(protocol, backend, peer, flags);
+                    self.backend_sends(protocol, backend, peer, flags);
                 }
             }
             Event::Stranger { from, to, port, is_tcp, flags, goes_out } => {
@@ -232,12 +232,12 @@ impl History<'_, '_> {
         let port = 20_000 + u16::from(service) * 100 + address as u16 * 10 + u16::from(port);
         let is_cluster_ip = address == Address::ClusterIp;
         let asked = Some((client, service, is_cluster_ip));
-        self.from_client(protocol, client.at(self.family, port), frontend, flags, asked);
+        self.client_sends(protocol, client.at(self.family, port), frontend, flags, asked);
     }
 
     /// A packet of a client, to a Service that it may open a session to (`asked`: who it is, which Service, and
     /// whether by its ClusterIP) or to one that it has a session with.
-    fn from_client(
+    fn client_sends(
         &mut self,
         protocol: Protocol,
         client: SocketAddr,
@@ -251,7 +251,7 @@ impl History<'_, '_> {
         let packet = Frame::of(protocol, link, client, frontend, flags);
         let (verdict, sent) = self.meet(At::In(device), link, &packet);
         let about = || format!("{protocol:?} {client} to {frontend}, flags {flags:#x}: {verdict:?}");
-        let fate = self.nat.from_client(protocol, client, frontend, flags);
+        let fate = self.nat.client_sends(protocol, client, frontend, flags);
         let offer = asked.and_then(|(who, service, is_cluster_ip)| {
             let (endpoints, is_local) = self.services.get(&service)?;
             Some((who, offer(endpoints, is_cluster_ip, *is_local, who)))
@@ -314,12 +314,12 @@ impl History<'_, '_> {
         self.nat.begin(protocol, client, frontend, backend, peer);
     }
 
-    fn from_backend(&mut self, protocol: Protocol, backend: SocketAddr, peer: SocketAddr, flags: u8) {
+    fn backend_sends(&mut self, protocol: Protocol, backend: SocketAddr, peer: SocketAddr, flags: u8) {
         let device = self.device_of(backend);
         let link = self.link(device);
         let packet = Frame::of(protocol, link, backend, peer, flags);
         let (verdict, sent) = self.meet(At::In(device), link, &packet);
-        let session = self.nat.from_backend(protocol, backend, peer, flags).expect("it is of a session");
+        let session = self.nat.backend_sends(protocol, backend, peer, flags).expect("it is of a session");
         let about =
             || format!("{protocol:?} {backend} to {peer}, flags {flags:#x}: {verdict:?}, {session:?}");
         let sent = sent.unwrap_or_else(|| panic!("a reply is lost: {}", about()));
