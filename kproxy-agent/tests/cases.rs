@@ -2,19 +2,27 @@
 //!
 //! A case is a file in `cases/`: what rule it shows and where the rule comes from, then steps. A step is
 //! YAML after a line `=== objects` (a document with `delete: Service default/nginx` takes one away), the
-//! tables after it below `=== tables`, and, where a Service has a healthCheckNodePort, what it answers below
-//! `=== health`. `UPDATE_CASES=1 cargo test --test cases` writes the tables anew.
+//! tables after it below `=== tables`, questions as `CLIENT -> ADDRESS:PORT/PROTOCOL` with their answers below
+//! `=== explain`, and, where a Service has a healthCheckNodePort, what it answers below `=== health`.
+//! `UPDATE_CASES=1 cargo test --test cases` writes tables and answers anew.
+//!
+//! Every case is also written to maps in memory by the agent's planner, once for each write with that write
+//! failing: the tables are the same in the end, and empty when all objects are gone.
 
+#[path = "cases/answers.rs"]
+mod answers;
 #[path = "cases/input.rs"]
 mod input;
 #[path = "cases/table.rs"]
 mod table;
+#[path = "cases/writes.rs"]
+mod writes;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use input::{Case, Event, Step};
+use input::{Case, Event, Printed, Step};
 use kproxy::model::{Model, NodeConfig, Problem, Update, WantedHealthCheck, WantedNode};
 use kproxy::wanted::{ServiceKey, WantedService};
 
@@ -28,10 +36,14 @@ fn cases() {
         .collect();
     paths.sort();
     assert!(!paths.is_empty(), "no case in {}", folder.display());
-    let failures: Vec<String> = paths
-        .iter()
-        .filter_map(|path| run(path).err().map(|error| format!("{}: {error:#}", path.display())))
-        .collect();
+    let (mut failures, mut failed_writes) = (Vec::new(), 0);
+    for path in &paths {
+        match run(path) {
+            Ok(writes) => failed_writes += writes,
+            Err(error) => failures.push(format!("{}: {error:#}", path.display())),
+        }
+    }
+    println!("{} cases, and {failed_writes} runs with one write failing", paths.len());
     assert!(
         failures.is_empty(),
         "{} of {} cases failed:\n\n{}",
@@ -41,24 +53,36 @@ fn cases() {
     );
 }
 
-fn run(path: &Path) -> Result<()> {
+/// How many writes were made to fail.
+fn run(path: &Path) -> Result<u64> {
     let case = Case::read(path)?;
     let mut follower = Follower::new(case.config.clone());
-    let mut printed = Vec::new();
-    for (number, Step { events, tables, health }) in case.steps.iter().enumerate() {
-        follower.take(events).with_context(|| format!("step {}", number + 1))?;
-        let (now, health_now) = (follower.print(), follower.print_health());
-        for (now, expected) in [(&now, tables), (&health_now, health)] {
+    let mut all_printed = Vec::new();
+    for (number, Step { events, printed }) in case.steps.iter().enumerate() {
+        let step = || format!("step {}", number + 1);
+        follower.take(events).with_context(step)?;
+        let now = Printed {
+            tables: follower.print(),
+            explain: answers::answer(&follower.model, &case, &printed.explain).with_context(step)?,
+            health: follower.print_health(),
+        };
+        let sections = [
+            (&now.tables, &printed.tables),
+            (&now.explain, &printed.explain),
+            (&now.health, &printed.health),
+        ];
+        for (now, expected) in sections {
             if !input::is_update() && now != expected {
                 bail!("step {}: expected\n{expected}\nbut is\n{now}", number + 1);
             }
         }
-        printed.push((now, health_now));
+        all_printed.push(now);
     }
     if input::is_update() {
-        case.write(path, &printed)?;
+        case.write(path, &all_printed)?;
     }
-    check_orders(&case, &follower)
+    check_orders(&case, &follower)?;
+    writes::check(&case)
 }
 
 /// The objects that are left at the end, in other orders, give the same tables; and taken away, in other

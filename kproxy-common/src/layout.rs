@@ -766,6 +766,21 @@ pub struct Config {
     pub cluster_cidrs: [Cidr; MAX_CIDRS],
 }
 
+impl Config {
+    /// Of a node that nothing is known of.
+    pub const EMPTY: Self = Self {
+        host_netns_cookie: 0,
+        udp_timeout: 0,
+        hash_seed: [0; 2],
+        loopback_node_ports: 0,
+        remember_peer: 0,
+        mask_ports_first: 0,
+        mask_ports_count: 0,
+        service_cidrs: [Cidr::NONE; MAX_CIDRS],
+        cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
+    };
+}
+
 /// Value of `device`: the addresses that clients are masked with on an interface; unspecified where it has none
 /// of a family.
 #[repr(C)]

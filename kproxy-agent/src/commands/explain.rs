@@ -34,9 +34,7 @@ pub fn run(common: &Common, args: &ExplainArgs) -> Result<()> {
         return questions.answer(&Live::new(&maps)?, args);
     }
     let model = model(args)?;
-    let cidrs = model.wanted_node().map(|node| node.service_cidrs.clone()).unwrap_or_default();
-    let programs = config::programs(&args.node, &args.rules, 0, [1, 1], &cidrs)?;
-    let planned = Planned::new(&model, programs, capacity());
+    let planned = Planned::new(&model, !args.rules.disable_loopback_nodeports, capacity());
     for failed in planned.failed() {
         tracing::warn!("not in the tables: {failed}");
     }

@@ -4,7 +4,8 @@ use std::{cell::OnceCell, collections::HashMap, time::SystemTime};
 
 use anyhow::Result;
 use kproxy_common::{
-    Address, AddressKind, ClientKind, Config, FrontendKey, ServiceInfo, Tables as _, TrafficPolicy,
+    Address, AddressKind, Cidr, ClientKind, Config, FrontendKey, MAX_CIDRS, ServiceInfo, Tables as _,
+    TrafficPolicy,
 };
 
 use super::{Ground, Place, Query, ServicePort};
@@ -26,8 +27,9 @@ pub struct Planned<'a> {
 }
 
 impl<'a> Planned<'a> {
-    /// What `model` wants as of its last update. `config` is what the programs would have.
-    pub fn new(model: &'a Model, config: Config, capacity: Capacity) -> Self {
+    /// What `model` wants as of its last update. `loopback_node_ports`: NodePorts answer the host on loopback
+    /// addresses.
+    pub fn new(model: &'a Model, loopback_node_ports: bool, capacity: Capacity) -> Self {
         let now = SystemTime::UNIX_EPOCH;
         let mut reconciler = Reconciler::new(Tables::new(capacity));
         reconciler
@@ -37,6 +39,7 @@ impl<'a> Planned<'a> {
         }
         let report = reconciler.run(&mut Memory::new(capacity), now);
         let failed = report.failed.into_iter().map(|(party, why)| format!("{party}: {why}")).collect();
+        let config = config(model, loopback_node_ports);
         Self { model, tables: reconciler.into_tables(), config, elsewhere: OnceCell::new(), failed }
     }
 
@@ -48,6 +51,22 @@ impl<'a> Planned<'a> {
     /// The tables.
     pub fn planned(&self) -> &Tables {
         &self.tables
+    }
+}
+
+/// What the programs would know of the node, as far as a new connection depends on it.
+fn config(model: &Model, loopback_node_ports: bool) -> Config {
+    let table = |cidrs: &[Cidr]| {
+        let mut table = [Cidr::NONE; MAX_CIDRS];
+        table.iter_mut().zip(cidrs).for_each(|(place, cidr)| *place = *cidr);
+        table
+    };
+    let service_cidrs = model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
+    Config {
+        loopback_node_ports: u32::from(loopback_node_ports),
+        service_cidrs: table(service_cidrs),
+        cluster_cidrs: table(&model.config().cluster_cidrs),
+        ..Config::EMPTY
     }
 }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 const OBJECTS: &str = "=== objects";
 const TABLES: &str = "=== tables";
+const EXPLAIN: &str = "=== explain";
 const HEALTH: &str = "=== health";
 
 /// A case, parsed.
@@ -19,6 +20,8 @@ pub struct Case {
     header: String,
     /// The flags, out of a document of kind NodeConfig in the first step.
     pub config: NodeConfig,
+    /// Whether NodePorts answer the host on loopback addresses.
+    pub loopback_node_ports: bool,
     pub steps: Vec<Step>,
     /// The steps' YAML, as written.
     sources: Vec<String>,
@@ -27,8 +30,16 @@ pub struct Case {
 /// Objects that come, change or go, and what the tables are then.
 pub struct Step {
     pub events: Vec<Event>,
+    pub printed: Printed,
+}
+
+/// What a step prints, section by section; empty without any.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Printed {
     pub tables: String,
-    /// What health checks are answered; empty without any.
+    /// Questions and their answers.
+    pub explain: String,
+    /// What health checks are answered.
     pub health: String,
 }
 
@@ -64,6 +75,7 @@ struct Flags {
     pass_through_default: bool,
     pass_through_scope: String,
     pass_through_annotations: Vec<String>,
+    disable_loopback_nodeports: bool,
     local_addresses: Vec<String>,
 }
 
@@ -81,33 +93,35 @@ impl Case {
             header.lines().filter(|line| line.starts_with("# ")).count() >= 2,
             "the first lines name the rule and its source"
         );
+        let config = Flags::default().config()?;
         let mut case =
-            Self { header, config: Flags::default().config()?, steps: Vec::new(), sources: Vec::new() };
+            Self { header, config, loopback_node_ports: true, steps: Vec::new(), sources: Vec::new() };
         for part in parts {
-            let (source, tables) = match part.split_once(TABLES) {
-                Some((source, tables)) => (source, tables),
-                None if is_update() => (part, ""),
-                None => bail!("a step without {TABLES}"),
-            };
-            let (tables, health) = tables.split_once(HEALTH).unwrap_or((tables, ""));
-            let tables = tables.trim_start_matches('\n').trim_end().to_owned() + "\n";
-            let health = health.trim_matches('\n').lines().map(|line| format!("{line}\n")).collect();
-            let events = case.read_events(source)?;
-            case.steps.push(Step { events, tables, health });
-            case.sources.push(source.trim_matches('\n').to_owned());
+            let mut sections = sections(part)?;
+            let mut printed = |name| sections.remove(name).unwrap_or_default();
+            let printed =
+                Printed { tables: printed(TABLES), explain: printed(EXPLAIN), health: printed(HEALTH) };
+            ensure!(is_update() || !printed.tables.is_empty(), "a step without {TABLES}");
+            let source = sections.remove(OBJECTS).unwrap_or_default();
+            let events = case.read_events(&source)?;
+            case.steps.push(Step { events, printed });
+            case.sources.push(source);
         }
         ensure!(!case.steps.is_empty(), "no {OBJECTS} in it");
         Ok(case)
     }
 
-    /// Writes the case with tables and health checks of each step.
-    pub fn write(&self, path: &Path, printed: &[(String, String)]) -> Result<()> {
+    /// Writes the case with what each step prints.
+    pub fn write(&self, path: &Path, printed: &[Printed]) -> Result<()> {
         let mut out = self.header.clone();
-        for (at, (source, (tables, health))) in self.sources.iter().zip(printed).enumerate() {
+        for (at, (source, printed)) in self.sources.iter().zip(printed).enumerate() {
+            let Printed { tables, explain, health } = printed;
             let gap = if at == 0 { "" } else { "\n" };
-            out += &format!("{gap}{OBJECTS}\n{source}\n\n{TABLES}\n{tables}");
-            if !health.is_empty() {
-                out += &format!("\n{HEALTH}\n{health}");
+            out += &format!("{gap}{OBJECTS}\n{source}\n{TABLES}\n{tables}");
+            for (title, section) in [(EXPLAIN, explain), (HEALTH, health)] {
+                if !section.is_empty() {
+                    out += &format!("\n{title}\n{section}");
+                }
             }
         }
         std::fs::write(path, out).context("writing the case")
@@ -128,6 +142,7 @@ impl Case {
         for document in documents.into_iter().filter(|document| !document.is_null()) {
             if document["kind"] == "NodeConfig" {
                 let flags: Flags = serde_json::from_value(document)?;
+                self.loopback_node_ports = !flags.disable_loopback_nodeports;
                 self.config = flags.config()?;
                 continue;
             }
@@ -135,6 +150,25 @@ impl Case {
         }
         Ok(events)
     }
+}
+
+/// What follows each title of a step; the objects come first.
+fn sections(step: &str) -> Result<BTreeMap<&'static str, String>> {
+    let mut found: BTreeMap<&'static str, String> = BTreeMap::new();
+    let mut title = OBJECTS;
+    for line in step.trim_start_matches('\n').lines() {
+        if line.starts_with("===") {
+            let known = [TABLES, EXPLAIN, HEALTH].into_iter().find(|known| *known == line.trim_end());
+            title = known.with_context(|| format!("no section is called {line}"))?;
+            ensure!(!found.contains_key(title), "{title} twice in a step");
+        }
+        let section = found.entry(title).or_default();
+        if !line.starts_with("===") {
+            *section += &format!("{line}\n");
+        }
+    }
+    found.values_mut().for_each(|text| *text = format!("{}\n", text.trim_matches('\n')));
+    Ok(found)
 }
 
 impl Event {
@@ -213,6 +247,7 @@ impl Default for Flags {
             pass_through_default: false,
             pass_through_scope: "all".to_owned(),
             pass_through_annotations: Vec::new(),
+            disable_loopback_nodeports: false,
             local_addresses: Vec::new(),
         }
     }
@@ -232,6 +267,7 @@ impl Flags {
             pass_through_default,
             pass_through_scope,
             pass_through_annotations,
+            disable_loopback_nodeports: _,
             local_addresses,
         } = self;
         Ok(NodeConfig {
