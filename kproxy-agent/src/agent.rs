@@ -23,11 +23,12 @@ use tokio::{
 use crate::{
     cli::{AgentArgs, Common},
     devices::{self, Devices, Selection},
+    events::Events,
     maps::kernel::{KernelMaps, owner_text},
     model::{Change, Model},
     node::{self, Lock},
     programs::{Attached, Programs, has_tcx, namespace_cookie},
-    source::{Event, Source, kubernetes, manifests},
+    source::{Event, kubernetes, manifests},
 };
 use health_checks::HealthChecks;
 use sync::Syncer;
@@ -75,7 +76,12 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let local = local_addresses(&first);
     let model = Model::new(config::model(&node_name, &args.node, &args.rules, local)?);
     let cookie = namespace_cookie().context("cannot tell this network namespace")?.unwrap_or(0);
-    let telemetry = Telemetry::start(args, &node_name, root)?;
+    let connection = connect(args).await?;
+    let events = match &connection {
+        Some(connection) => Events::start(kubernetes::Recorder::new(connection, &node_name), &node_name),
+        None => Events::none(),
+    };
+    let telemetry = Telemetry::start(args, &node_name, root, &events)?;
     let mut agent = Agent {
         args,
         model,
@@ -90,6 +96,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_attached: false,
         failed_devices: BTreeMap::new(),
         telemetry,
+        events,
+        has_write_failures: false,
     };
     tracing::info!(
         node = node_name,
@@ -99,7 +107,10 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         "starting: the maps hold {} frontends",
         agent.syncer.frontends()
     );
-    let mut source = start_source(args, &node_name).await?;
+    let mut source = match &connection {
+        Some(connection) => kubernetes::watch(connection, &node_name),
+        None => manifests::follow(&args.source.manifests, &node_name),
+    };
     loop {
         let timer = agent.syncer.next_try();
         tokio::select! {
@@ -134,6 +145,9 @@ struct Agent<'a> {
     is_attached: bool,
     failed_devices: BTreeMap<String, String>,
     telemetry: Telemetry,
+    events: Events,
+    /// Whether the last sync left something unwritten.
+    has_write_failures: bool,
 }
 
 impl Agent<'_> {
@@ -185,6 +199,7 @@ impl Agent<'_> {
         for problem in &update.gone_problems {
             tracing::info!(object = %problem.object, field = problem.field, "resolved: {}", problem.message);
         }
+        self.events.problems(&update.new_problems, &update.gone_problems);
         if let Some(node) = &update.node {
             let seed = self.syncer.maps().hash_seed()?;
             let config =
@@ -200,6 +215,10 @@ impl Agent<'_> {
         let report = self.syncer.sync(update, SystemTime::now());
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
+        }
+        if !report.failed.is_empty() || self.has_write_failures {
+            self.events.write_failures(self.syncer.failed());
+            self.has_write_failures = self.syncer.failed().next().is_some();
         }
         let is_first = !self.is_attached;
         if is_first {
@@ -281,16 +300,16 @@ impl Agent<'_> {
     }
 }
 
-async fn start_source(args: &AgentArgs, node_name: &str) -> Result<Source> {
+/// The way to the API server; `None` where objects come from files.
+async fn connect(args: &AgentArgs) -> Result<Option<kubernetes::Connection>> {
     if !args.source.manifests.is_empty() {
-        return Ok(manifests::follow(&args.source.manifests, node_name));
+        return Ok(None);
     }
-    let connection = kubernetes::ConnectionSettings {
+    let settings = kubernetes::ConnectionSettings {
         kubeconfig: args.source.kubeconfig.clone(),
         api_servers: args.source.api_server.clone(),
     };
-    let settings = kubernetes::KubernetesSettings { connection, node_name: node_name.to_owned() };
-    Ok(kubernetes::watch(settings).await?)
+    Ok(Some(kubernetes::connect(&settings).await?))
 }
 
 fn local_addresses(devices: &Devices) -> BTreeSet<Address> {

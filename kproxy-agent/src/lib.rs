@@ -6,6 +6,7 @@ pub mod agent;
 pub mod cli;
 pub mod commands;
 pub mod devices;
+pub mod events;
 pub mod explain;
 pub mod flows;
 pub mod maps;

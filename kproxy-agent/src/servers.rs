@@ -18,7 +18,7 @@ mod routes;
 mod testing;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -32,7 +32,7 @@ pub use self::{
     configz::{KubeProxyConfiguration, configz},
     health::{FamilyReport, Health, HealthReport, Moment, TIMEOUT},
     health_checks::{HealthCheck, HealthCheckAnswer},
-    listeners::{HealthCheckListeners, HealthCheckPorts, ListenFailure},
+    listeners::{HealthCheckListeners, HealthCheckPorts, ListenFailure, ListenNews},
     metrics::{Changed, Metrics, PolicySide, ProblemOrigin, SyncKind},
     readings::{Read, Readings, ServiceCounters},
     routes::PROXY_MODE,
@@ -48,7 +48,7 @@ struct Inner {
     health: Mutex<Health>,
     health_checks: Mutex<BTreeMap<u16, HealthCheck>>,
     /// Where health checks should be answered and no listener can be bound.
-    unbound: Mutex<BTreeSet<SocketAddr>>,
+    unbound: Mutex<BTreeMap<SocketAddr, ListenFailure>>,
     metrics: Metrics,
     configz: String,
 }
@@ -136,21 +136,33 @@ impl State {
         self.health_checks().get(&port).map(|check| check.service.clone())
     }
 
-    /// A health check's listener is open, or cannot be opened, or is not wanted any more.
-    fn set_bound(&self, address: SocketAddr, is_bound: bool) {
-        let mut unbound = self.0.unbound.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_bound {
-            unbound.remove(&address);
-        } else {
-            unbound.insert(address);
-        }
-        self.0.metrics.problems(ProblemOrigin::Server, [("health-check-node-port", unbound.len())]);
+    /// A health check's listener cannot be opened.
+    fn set_unbound(&self, failure: ListenFailure) {
+        let mut unbound = self.unbound();
+        unbound.insert(failure.address, failure);
+        self.count_unbound(unbound.len());
+    }
+
+    /// A health check's listener is open, or not wanted any more: why it could not be opened before, if so.
+    fn take_unbound(&self, address: SocketAddr) -> Option<ListenFailure> {
+        let mut unbound = self.unbound();
+        let failure = unbound.remove(&address);
+        self.count_unbound(unbound.len());
+        failure
+    }
+
+    fn count_unbound(&self, count: usize) {
+        self.0.metrics.problems(ProblemOrigin::Server, [("health-check-node-port", count)]);
     }
 
     // What is locked is whole between any two statements, so a panic elsewhere does not spoil it.
 
     fn health(&self) -> MutexGuard<'_, Health> {
         self.0.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unbound(&self) -> MutexGuard<'_, BTreeMap<SocketAddr, ListenFailure>> {
+        self.0.unbound.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn health_checks(&self) -> MutexGuard<'_, BTreeMap<u16, HealthCheck>> {
@@ -166,37 +178,70 @@ pub struct Servers {
 
 impl Servers {
     /// Serves from now on. An address that cannot be bound is logged and tried again every five seconds; it
-    /// never stops the agent. Must be called in a tokio runtime.
-    pub fn start(state: &State, healthz: BindAddress, metrics: BindAddress) -> Self {
-        let healthz = healthz.get().map(|address| serve_healthz(state, address));
-        let metrics = metrics.get().map(|address| serve_metrics(state, address));
+    /// never stops the agent. `tell` is told why not, and (`None`) when it works. Must be called in a tokio runtime.
+    pub fn start(
+        state: &State,
+        healthz: BindAddress,
+        metrics: BindAddress,
+        tell: impl Fn(Server, Option<String>) + Clone + Send + 'static,
+    ) -> Self {
+        let healthz = healthz.get().map(|address| serve_healthz(state, address, tell.clone()));
+        let metrics = metrics.get().map(|address| serve_metrics(state, address, tell));
         Self { _listening: healthz.into_iter().chain(metrics).collect() }
     }
 }
 
-fn serve_healthz(state: &State, address: SocketAddr) -> Listening {
-    let report = reporter("healthz", "--healthz-bind-address", address);
+/// One of the two.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Server {
+    /// `/healthz` and `/livez`.
+    Healthz,
+    /// `/metrics` and the like.
+    Metrics,
+}
+
+fn serve_healthz(
+    state: &State,
+    address: SocketAddr,
+    tell: impl Fn(Server, Option<String>) + Send + 'static,
+) -> Listening {
+    let report = reporter(Server::Healthz, address, tell);
     listen(Bind::Both(address), routes::healthz(state), RETRY, report)
 }
 
-fn serve_metrics(state: &State, address: SocketAddr) -> Listening {
-    let report = reporter("metrics", "--metrics-bind-address", address);
+fn serve_metrics(
+    state: &State,
+    address: SocketAddr,
+    tell: impl Fn(Server, Option<String>) + Send + 'static,
+) -> Listening {
+    let report = reporter(Server::Metrics, address, tell);
     listen(Bind::Both(address), routes::metrics(state), RETRY, report)
 }
 
 fn reporter(
-    server: &'static str,
-    flag: &'static str,
+    server: Server,
     address: SocketAddr,
+    tell: impl Fn(Server, Option<String>) + Send + 'static,
 ) -> impl Fn(News<'_>) + Send + 'static {
+    let (name, flag) = match server {
+        Server::Healthz => ("healthz", "--healthz-bind-address"),
+        Server::Metrics => ("metrics", "--metrics-bind-address"),
+    };
     move |news| match news {
-        News::Failed(error) => tracing::error!(
-            "the {server} server cannot listen on {address}: {error}. {}, or give another address with {flag}; it is \
-             tried again every {} s, everything else goes on",
-            mend(error),
-            RETRY.as_secs()
-        ),
-        News::Listening(address) => tracing::info!("the {server} server listens on {address}"),
+        News::Failed(error) => {
+            let text = format!(
+                "the {name} server cannot listen on {address}: {error}. {}, or give another address with {flag}; it is \
+                 tried again every {} s, everything else goes on",
+                mend(error),
+                RETRY.as_secs()
+            );
+            tracing::error!("{text}");
+            tell(server, Some(text));
+        }
+        News::Listening(address) => {
+            tracing::info!("the {name} server listens on {address}");
+            tell(server, None);
+        }
     }
 }
 

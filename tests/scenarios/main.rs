@@ -11,6 +11,7 @@ mod devices;
 mod drops;
 mod dumps;
 mod elb;
+mod events;
 mod explain;
 mod flows;
 mod health_checks;
@@ -61,6 +62,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, devices::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
+    (kproxy_and_kubernetes, events::SCENARIOS),
 ];
 
 /// Set where everything must be run, as in CI: what is missing is then a failure, not a skip.

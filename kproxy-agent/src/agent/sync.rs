@@ -57,6 +57,11 @@ impl<W: MapWriter> Syncer<W> {
         status.is_none_or(|status| status.waiting_since().is_none())
     }
 
+    /// Every Service that could not be written, why, and whether for want of room.
+    pub fn failed(&self) -> impl Iterator<Item = (&ServiceKey, &str, bool)> {
+        self.reconciler.status().failed()
+    }
+
     /// The maps.
     pub fn maps(&mut self) -> &mut W {
         &mut self.maps

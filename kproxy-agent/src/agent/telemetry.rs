@@ -14,12 +14,13 @@ use super::health_checks::HealthChecks;
 use crate::{
     cli::AgentArgs,
     commands::UsageError,
+    events::{EventReason, Events},
     maps::{Report, kernel::KernelMaps},
     model::{Change, Model, objects::Family},
     plan::{Tables, split_name},
     servers::{
-        BindAddress, Changed, HealthCheckListeners, KubeProxyConfiguration, Metrics, Moment, ProblemOrigin,
-        Readings, Servers, ServiceCounters, State, SyncKind, configz,
+        BindAddress, Changed, HealthCheckListeners, KubeProxyConfiguration, ListenNews, Metrics, Moment,
+        ProblemOrigin, Readings, Server, Servers, ServiceCounters, State, SyncKind, configz,
     },
     source::{PresentProblems, SourceProblem},
 };
@@ -27,13 +28,14 @@ use crate::{
 /// The servers, and what they answer.
 pub struct Telemetry {
     state: State,
+    events: Events,
     source_problems: PresentProblems,
     _servers: Servers,
 }
 
 impl Telemetry {
     /// Starts the servers. Wrong addresses are an error; those that cannot be bound are tried again.
-    pub fn start(args: &AgentArgs, node_name: &str, bpf_root: &Path) -> Result<Self> {
+    pub fn start(args: &AgentArgs, node_name: &str, bpf_root: &Path, events: &Events) -> Result<Self> {
         let (healthz, metrics) = addresses(args)?;
         let configuration = KubeProxyConfiguration {
             hostname_override: node_name.to_owned(),
@@ -55,13 +57,30 @@ impl Telemetry {
         };
         let measured = Metrics::new(Family::ALL, SystemTime::now(), readings);
         let state = State::new(Family::ALL, Moment::now(), measured, configz(&configuration, own)?);
-        let servers = Servers::start(&state, healthz, metrics);
-        Ok(Self { state, source_problems: PresentProblems::default(), _servers: servers })
+        let on_node = events.clone();
+        let servers = Servers::start(&state, healthz, metrics, move |server, text| {
+            let reason = match server {
+                Server::Healthz => EventReason::FailedToStartProxierHealthcheck,
+                Server::Metrics => EventReason::FailedToStartMetricServer,
+            };
+            on_node.on_node(reason, text);
+        });
+        Ok(Self {
+            state,
+            events: events.clone(),
+            source_problems: PresentProblems::default(),
+            _servers: servers,
+        })
     }
 
     /// The Services' health checks; none is answered yet.
     pub fn health_checks(&self) -> HealthChecks {
-        HealthChecks::new(self.state.clone(), HealthCheckListeners::new(self.state.clone(), |_| {}))
+        let events = self.events.clone();
+        let listeners = HealthCheckListeners::new(self.state.clone(), move |news| match news {
+            ListenNews::Failed(failure) => events.listen_failed(&failure),
+            ListenNews::Recovered(failure) => events.listen_recovered(&failure),
+        });
+        HealthChecks::new(self.state.clone(), listeners)
     }
 
     /// An object came, changed or went.

@@ -113,6 +113,14 @@ impl Statuses {
         self.services.get(key)
     }
 
+    /// Every Service that could not be written at the last try, why, and whether for want of room.
+    pub fn failed(&self) -> impl Iterator<Item = (&ServiceKey, &str, bool)> {
+        self.open.iter().filter_map(|key| match self.services.get(key)? {
+            Status::Failed { error, no_room, .. } => Some((key, error.as_str(), *no_room)),
+            Status::Pending { .. } | Status::Done { .. } => None,
+        })
+    }
+
     /// The node's addresses that answer NodePorts; `None` before they were known.
     pub fn node(&self) -> Option<&Status> {
         self.node.as_ref()

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt, io,
+    fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -17,34 +17,43 @@ use super::{
 use crate::{model::objects::Family, wanted::ServiceKey};
 
 /// A `healthCheckNodePort` that cannot be listened on. It is tried again every five seconds.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ListenFailure {
     /// Whose port it is.
     pub service: ServiceKey,
     /// Where.
     pub address: SocketAddr,
     /// Why not.
-    pub error: io::Error,
+    pub error: String,
+}
+
+/// What is told about listeners.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ListenNews {
+    /// It cannot be bound; told once as long as the reason stays the same.
+    Failed(ListenFailure),
+    /// What had failed works now, or is not wanted any more.
+    Recovered(ListenFailure),
 }
 
 /// Keeps a listener open for every `healthCheckNodePort`; all are closed when this is dropped.
 pub struct HealthCheckListeners {
     state: State,
     open: BTreeMap<SocketAddr, Listening>,
-    on_failure: OnFailure,
+    tell: Tell,
     retry: Duration,
 }
 
 /// All `healthCheckNodePort`s, and the families that each is answered over.
 pub type HealthCheckPorts = BTreeMap<u16, BTreeSet<Family>>;
 
-type OnFailure = Arc<dyn Fn(ListenFailure) + Send + Sync>;
+type Tell = Arc<dyn Fn(ListenNews) + Send + Sync>;
 
 impl HealthCheckListeners {
-    /// None yet. What cannot be listened on is logged and told to `on_failure`, once as long as the reason
-    /// stays the same: kube-proxy makes it an Event `FailedToStartServiceHealthcheck` of the Service.
-    pub fn new(state: State, on_failure: impl Fn(ListenFailure) + Send + Sync + 'static) -> Self {
-        Self { state, open: BTreeMap::new(), on_failure: Arc::new(on_failure), retry: RETRY }
+    /// None yet. What cannot be listened on is logged and told to `tell`: kube-proxy makes it an Event
+    /// `FailedToStartServiceHealthcheck` of the Service.
+    pub fn new(state: State, tell: impl Fn(ListenNews) + Send + Sync + 'static) -> Self {
+        Self { state, open: BTreeMap::new(), tell: Arc::new(tell), retry: RETRY }
     }
 
     /// These are all ports, and all addresses that answer NodePorts (the unspecified one of a family stands for all
@@ -55,12 +64,12 @@ impl HealthCheckListeners {
         let wanted = wanted(ports, addresses);
         for (address, listening) in self.open.extract_if(.., |address, _| !wanted.contains(address)) {
             listening.close().await;
-            self.state.set_bound(address, true);
+            recovered(&self.state, address, &self.tell);
         }
         for address in wanted {
             self.open.entry(address).or_insert_with(|| {
                 let router = routes::health_check(&self.state, address.port(), family(&address.ip()));
-                let report = reporter(self.state.clone(), address, Arc::clone(&self.on_failure));
+                let report = reporter(self.state.clone(), address, Arc::clone(&self.tell));
                 listen(Bind::OneFamily(address), router, self.retry, report)
             });
         }
@@ -93,9 +102,8 @@ fn family(ip: &IpAddr) -> Family {
     if ip.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
-fn reporter(state: State, address: SocketAddr, on_failure: OnFailure) -> impl Fn(News<'_>) + Send + 'static {
+fn reporter(state: State, address: SocketAddr, tell: Tell) -> impl Fn(News<'_>) + Send + 'static {
     move |news| {
-        state.set_bound(address, matches!(news, News::Listening(_)));
         let Some(service) = state.health_check_service(address.port()) else {
             return;
         };
@@ -106,19 +114,24 @@ fn reporter(state: State, address: SocketAddr, on_failure: OnFailure) -> impl Fn
                      {address}: {error}. Free that port; it is tried again every {} s",
                     RETRY.as_secs()
                 );
-                on_failure(ListenFailure { service, address, error: copy(error) });
+                // Another reason than before, perhaps.
+                recovered(&state, address, &tell);
+                let failure = ListenFailure { service, address, error: error.to_string() };
+                state.set_unbound(failure.clone());
+                tell(ListenNews::Failed(failure));
             }
             News::Listening(_) => {
-                tracing::debug!("health checks of Service {service} are answered on {address}")
+                tracing::debug!("health checks of Service {service} are answered on {address}");
+                recovered(&state, address, &tell);
             }
         }
     }
 }
 
-fn copy(error: &io::Error) -> io::Error {
-    error
-        .raw_os_error()
-        .map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
+fn recovered(state: &State, address: SocketAddr, tell: &Tell) {
+    if let Some(failure) = state.take_unbound(address) {
+        tell(ListenNews::Recovered(failure));
+    }
 }
 
 #[cfg(test)]
@@ -195,15 +208,15 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let (told, mut failures) = mpsc::unbounded_channel();
         let state = state();
-        let mut listeners = HealthCheckListeners::new(state.clone(), move |failure| {
-            told.send((failure.service.to_string(), failure.address, failure.error.kind())).unwrap();
-        });
+        let mut listeners = HealthCheckListeners::new(state.clone(), move |news| told.send(news).unwrap());
         listeners.retry = Duration::from_millis(5);
         let addresses = BTreeSet::from([address.ip()]);
         state.set_health_check(address.port(), check("web", &[(Family::V4, 1)]));
         listeners.sync(&[(address.port(), [Family::V4].into())].into(), &addresses).await;
-        let expected = ("default/web".to_owned(), address, io::ErrorKind::AddrInUse);
-        assert_eq!(failures.recv().await, Some(expected));
+        let news = failures.recv().await.expect("it is told");
+        let ListenNews::Failed(failure) = news else { panic!("{news:?}") };
+        assert_eq!((failure.service.to_string(), failure.address), ("default/web".to_owned(), address));
+        assert!(failure.error.contains("in use"), "{failure:?}");
         let unbound =
             |count| format!("kproxy_problems{{kind=\"health-check-node-port\",origin=\"server\"}} {count}\n");
         assert!(state.metrics().exposition().unwrap().contains(&unbound(1)));
@@ -212,7 +225,8 @@ mod tests {
         drop(taken);
         assert_eq!(open(&mut listeners, 0).await, address);
         assert_eq!(get(address, "/").await.status, 200);
-        assert!(failures.try_recv().is_err(), "it was told before");
+        assert_eq!(failures.try_recv(), Ok(ListenNews::Recovered(failure)), "it was told before");
+        assert!(failures.try_recv().is_err());
         assert!(state.metrics().exposition().unwrap().contains(&unbound(0)));
     }
 

@@ -14,7 +14,7 @@ const ANY_PORT: &str = "127.0.0.1:0";
 #[tokio::test]
 async fn healthz_and_livez_answer_as_kube_proxy_does() {
     let state = state();
-    let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap());
+    let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap(), |_, _| {});
     let address = server.address().await;
 
     let response = get(address, "/healthz").await;
@@ -57,7 +57,7 @@ async fn healthz_and_livez_answer_as_kube_proxy_does() {
 async fn a_change_that_waits_for_a_minute_is_told_everywhere() {
     let state = state();
     state.node_seen(&Node::default());
-    let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap());
+    let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap(), |_, _| {});
     let address = server.address().await;
     let service = ServiceKey { namespace: "default".into(), name: "web".into() };
     state.set_health_check(1, Some(HealthCheck { service, local_endpoints: [(Family::V4, 1)].into() }));
@@ -85,7 +85,7 @@ async fn a_change_that_waits_for_a_minute_is_told_everywhere() {
 async fn the_metrics_server_says_what_runs_and_how_it_fares() {
     let state = state();
     state.write_failed(Family::V4, Moment::now());
-    let mut server = serve_metrics(&state, ANY_PORT.parse().unwrap());
+    let mut server = serve_metrics(&state, ANY_PORT.parse().unwrap(), |_, _| {});
     let address = server.address().await;
 
     let response = get(address, "/proxyMode").await;
@@ -113,7 +113,7 @@ async fn the_metrics_server_says_what_runs_and_how_it_fares() {
 #[tokio::test]
 async fn the_unspecified_address_means_both_families() {
     for text in ["0.0.0.0:0", "[::]:0"] {
-        let mut server = serve_healthz(&state(), text.parse().unwrap());
+        let mut server = serve_healthz(&state(), text.parse().unwrap(), |_, _| {});
         let port = server.address().await.port();
         for ip in ["127.0.0.1", "::1"] {
             let address = SocketAddr::new(ip.parse::<IpAddr>().unwrap(), port);
@@ -124,7 +124,7 @@ async fn the_unspecified_address_means_both_families() {
 
 #[tokio::test]
 async fn what_listens_lets_its_port_go() {
-    let mut server = serve_healthz(&state(), ANY_PORT.parse().unwrap());
+    let mut server = serve_healthz(&state(), ANY_PORT.parse().unwrap(), |_, _| {});
     let address = server.address().await;
     let mut idle = TcpStream::connect(address).await.unwrap();
     server.close().await;
@@ -135,5 +135,5 @@ async fn what_listens_lets_its_port_go() {
 #[tokio::test]
 async fn a_server_without_an_address_is_none() {
     let off = BindAddress::healthz("").unwrap();
-    assert!(Servers::start(&state(), off, off)._listening.is_empty());
+    assert!(Servers::start(&state(), off, off, |_, _| {})._listening.is_empty());
 }

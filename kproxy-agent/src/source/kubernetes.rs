@@ -6,6 +6,7 @@
 
 mod backoff;
 mod kinds;
+mod recorder;
 mod servers;
 mod trouble;
 mod watch;
@@ -28,6 +29,7 @@ use crate::model::Change;
 use servers::Servers;
 use watch::{Selectors, Timing, Watch};
 
+pub use recorder::Recorder;
 pub use servers::{ConfigError, ConnectionSettings};
 
 /// For the filter of the log: kube's client logs every try that fails, as an error or a warning, in words of its own.
@@ -46,14 +48,9 @@ const FLUSH_CHANGES: usize = 4096;
 /// Batches that wait to be merged. Each is what one read from a socket held.
 const BATCHES_WAITING: usize = 16;
 
-/// Which API server, and who we are there.
-#[derive(Clone, Default, Debug)]
-pub struct KubernetesSettings {
-    /// How to reach the API servers.
-    pub connection: ConnectionSettings,
-    /// The name of this node's Node object.
-    pub node_name: String,
-}
+/// The API servers, of which one is in use: by all who have the same connection. Cheap to clone.
+#[derive(Clone)]
+pub struct Connection(Arc<Servers>);
 
 /// What a watch tells.
 #[derive(Debug)]
@@ -66,15 +63,20 @@ enum Report {
     Trouble(Kind, Option<SourceProblem>),
 }
 
-/// Lists and watches Services, EndpointSlices, the own Node and ServiceCIDRs. An API server that cannot be
-/// reached is no error here, but a problem among the events: it is tried until it can.
+/// Makes ready to speak to API servers; none is dialled yet.
 ///
 /// # Errors
 ///
 /// No configuration was found, or it cannot be used.
-pub async fn watch(settings: KubernetesSettings) -> Result<Source, ConfigError> {
-    let servers = Arc::new(Servers::new(&settings.connection).await?);
-    Ok(start(servers, settings.node_name, Timing::default()))
+pub async fn connect(settings: &ConnectionSettings) -> Result<Connection, ConfigError> {
+    Ok(Connection(Arc::new(Servers::new(settings).await?)))
+}
+
+/// Lists and watches Services, EndpointSlices, the own Node and ServiceCIDRs. An API server that cannot be
+/// reached is no error here, but a problem among the events: it is tried until it can. `node_name` is the name of this
+/// node's Node object.
+pub fn watch(connection: &Connection, node_name: &str) -> Source {
+    start(Arc::clone(&connection.0), node_name.to_owned(), Timing::default())
 }
 
 fn start(servers: Arc<Servers>, node_name: String, timing: Timing) -> Source {
