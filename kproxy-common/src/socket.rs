@@ -95,19 +95,24 @@ impl SocketRecords {
         None
     }
 
-    /// The record of a backend, if the socket was sent to it.
+    /// The record of a backend, if the socket was sent to it. Where several service addresses lead to it, the one
+    /// that the socket spoke to last: what comes back does not tell which of them it answers.
     #[inline(always)]
     pub fn for_backend(&self, address: &Address, port: u16) -> Option<&SocketRecord> {
         let used = self.in_use();
+        let mut latest: Option<&SocketRecord> = None;
         let mut i = 0;
         while i < SOCKET_RECORDS && i < used {
             let record = &self.records[i];
-            if record.backend_port == port && record.backend_address == *address {
-                return Some(record);
+            if record.backend_port == port
+                && record.backend_address == *address
+                && latest.is_none_or(|latest| record.last_used >= latest.last_used)
+            {
+                latest = Some(record);
             }
             i += 1;
         }
-        None
+        latest
     }
 
     /// Adds a record: in the place of the same service address, else in a free place, else in that of the
@@ -266,6 +271,20 @@ mod tests {
             assert_eq!(back, Some((Address::from_v4_word(n), 53)));
         }
         assert_eq!(original_address(&records, &Address::from_v4_word(1_000), 53), None, "other port");
+    }
+
+    #[test]
+    fn an_answer_comes_from_the_service_that_was_asked_last() {
+        let same_backend =
+            |n, last_used| SocketRecord { backend_address: Address::from_v4_word(7), ..record(n, last_used) };
+        let mut records = SocketRecords::new();
+        let answered = |records: &SocketRecords| original_address(records, &Address::from_v4_word(7), 5_353);
+        for (n, last_used) in [(1, 10), (2, 20), (3, 15)] {
+            records.insert(same_backend(n, last_used));
+        }
+        assert_eq!(answered(&records), Some((Address::from_v4_word(2), 53)));
+        records.insert(same_backend(1, 30));
+        assert_eq!(answered(&records), Some((Address::from_v4_word(1), 53)));
     }
 
     #[test]
