@@ -17,6 +17,7 @@ mod flows;
 mod health_checks;
 mod input;
 mod kubernetes;
+mod like_kube_proxy;
 mod live;
 mod objects;
 mod packets;
@@ -30,7 +31,7 @@ mod workers;
 
 use std::process::ExitCode;
 
-use kproxy_lab::{Context, ControlPlane, Run, isolated, kproxy_binary, worker};
+use kproxy_lab::{Context, ControlPlane, KubeProxy, Run, isolated, kproxy_binary, worker};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// A scenario's name and what it does.
@@ -63,6 +64,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, health_checks::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
     (kproxy_and_kubernetes, events::SCENARIOS),
+    (kproxy_and_kube_proxy, like_kube_proxy::SCENARIOS),
 ];
 
 /// Set where everything must be run, as in CI: what is missing is then a failure, not a skip.
@@ -123,6 +125,11 @@ fn kproxy() -> anyhow::Result<()> {
 fn kproxy_and_kubernetes() -> anyhow::Result<()> {
     kproxy()?;
     kubernetes()
+}
+
+fn kproxy_and_kube_proxy() -> anyhow::Result<()> {
+    kproxy()?;
+    KubeProxy::binary(&ControlPlane::assets()?).map(drop)
 }
 
 /// The error and what caused it, a line each.
