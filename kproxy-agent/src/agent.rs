@@ -2,6 +2,7 @@
 //! one event after the other; sources and devices are tasks of their own.
 
 pub(crate) mod config;
+mod flows;
 mod health_checks;
 mod host;
 mod sync;
@@ -30,6 +31,7 @@ use crate::{
     programs::{Attached, Programs, has_tcx, namespace_cookie},
     source::{Event, kubernetes, manifests},
 };
+use flows::FlowCare;
 use health_checks::HealthChecks;
 use sync::Syncer;
 use telemetry::Telemetry;
@@ -84,6 +86,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let telemetry = Telemetry::start(args, &node_name, root, &events)?;
     let mut agent = Agent {
         args,
+        bpf_root: root,
         model,
         health_checks: telemetry.health_checks(),
         syncer: Syncer::new(tables, maps),
@@ -95,6 +98,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_synced: false,
         is_attached: false,
         failed_devices: BTreeMap::new(),
+        flows: FlowCare::default(),
         telemetry,
         events,
         has_write_failures: false,
@@ -123,6 +127,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
                 None => return (&mut watcher).await.context("the interfaces are no longer followed")?,
             },
             () = wait_until(timer) => agent.sync()?,
+            () = wait_until_instant(agent.flows.next_step()) => agent.flows.step(agent.telemetry.metrics()),
             _ = stop.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -133,6 +138,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
 
 struct Agent<'a> {
     args: &'a AgentArgs,
+    bpf_root: &'a std::path::Path,
     model: Model,
     health_checks: HealthChecks,
     syncer: Syncer<KernelMaps>,
@@ -144,6 +150,7 @@ struct Agent<'a> {
     is_synced: bool,
     is_attached: bool,
     failed_devices: BTreeMap<String, String>,
+    flows: FlowCare,
     telemetry: Telemetry,
     events: Events,
     /// Whether the last sync left something unwritten.
@@ -207,6 +214,7 @@ impl Agent<'_> {
             self.syncer.maps().write_config(&config)?;
         }
         let looked_at = update.services.len();
+        let changed = update.services.keys().cloned().collect();
         let has_news = looked_at > 0 || update.node.is_some() || !self.is_attached;
         if has_news {
             self.telemetry.queued();
@@ -224,6 +232,7 @@ impl Agent<'_> {
         if is_first {
             self.attach()?;
         }
+        self.flows.synced(self.syncer.tables(), changed, &report);
         // After the first time's attaching: a load balancer that is answered sends at once.
         self.health_checks.answer(|service| self.syncer.is_written(service));
         self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
@@ -266,6 +275,7 @@ impl Agent<'_> {
         self.is_attached = true;
         self.attach_devices();
         self.programs.maps_take_place()?;
+        self.flows.start(&mut self.programs, self.bpf_root, &self.cgroup);
         tracing::info!(interfaces = self.attached.device_count(), "attached");
         Ok(())
     }
@@ -322,6 +332,13 @@ async fn wait_until(time: Option<SystemTime>) {
             let left = time.duration_since(SystemTime::now()).unwrap_or(Duration::ZERO);
             tokio::time::sleep(left).await;
         }
+        None => std::future::pending().await,
+    }
+}
+
+async fn wait_until_instant(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time.into()).await,
         None => std::future::pending().await,
     }
 }

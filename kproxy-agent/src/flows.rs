@@ -1,9 +1,17 @@
 //! Flows of the packet path, as the agent and the operator see them: how far a flow has come, and how long it may
 //! idle. Programs make, note and retire flows; what is here only trims what they leave behind.
 
+mod keeper;
+mod serving;
+
 use std::time::Duration;
 
 use kproxy_common::{Conversation, Flow, FlowKey, FlowState, Protocol, Role};
+
+pub use self::{
+    keeper::{Keeper, Step},
+    serving::Serving,
+};
 
 /// The roles that a flow can have entries in, the most telling first.
 pub const ROLES: [Role; 4] = [Role::Request, Role::Reply, Role::Forwarded, Role::Return];

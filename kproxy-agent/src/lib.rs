@@ -15,5 +15,6 @@ pub mod node;
 pub mod plan;
 pub mod programs;
 pub mod servers;
+pub mod sockets;
 pub mod source;
 pub mod wanted;

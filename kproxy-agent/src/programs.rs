@@ -7,6 +7,7 @@
 mod attach;
 mod load;
 mod pins;
+mod sockets;
 mod sys;
 
 pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
@@ -15,4 +16,5 @@ pub use load::{
     pinned_maps,
 };
 pub use pins::remove_next;
+pub use sockets::SocketIterator;
 pub use sys::namespace_cookie;

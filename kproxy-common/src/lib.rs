@@ -33,5 +33,6 @@ pub use layout::{
 pub use packet::{FlowTables, Hit, PacketMeta, PacketVerdict, TcpFlags, on_egress, on_ingress};
 pub use reason::Reason;
 pub use socket::{
-    SOCKET_RECORDS, SocketRecord, SocketRecords, SocketVerdict, original_address, socket_connection,
+    ConnectedSocket, SOCKET_RECORDS, SocketIdentity, SocketRecord, SocketRecords, SocketVerdict,
+    original_address, socket_connection,
 };

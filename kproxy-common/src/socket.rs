@@ -55,15 +55,42 @@ impl SocketRecord {
 pub struct SocketRecords {
     version: u32,
     used: u32,
+    /// Of a UDP socket whose first record was made by connect: who it is. Zero otherwise.
+    connected: SocketIdentity,
     records: [SocketRecord; SOCKET_RECORDS],
 }
 
+/// Which socket of the machine it is.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
+pub struct SocketIdentity {
+    /// SO_COOKIE: never given out twice while the machine runs, and never 0.
+    pub socket_cookie: u64,
+    /// SO_NETNS_COOKIE of its network namespace.
+    pub netns_cookie: u64,
+}
+
+/// A UDP socket that was connected to a service address, as the agent asks for it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ConnectedSocket {
+    /// Which it is.
+    pub identity: SocketIdentity,
+    /// What it asked for and where it was sent.
+    pub record: SocketRecord,
+}
+
 impl SocketRecords {
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 
     /// No records.
     pub const fn new() -> Self {
-        Self { version: Self::VERSION, used: 0, records: [SocketRecord::EMPTY; SOCKET_RECORDS] }
+        Self {
+            version: Self::VERSION,
+            used: 0,
+            connected: SocketIdentity { socket_cookie: 0, netns_cookie: 0 },
+            records: [SocketRecord::EMPTY; SOCKET_RECORDS],
+        }
     }
 
     /// Forgets everything: the socket was connected to something that is no service.
@@ -71,14 +98,23 @@ impl SocketRecords {
     pub fn clear(&mut self) {
         self.version = Self::VERSION;
         self.used = 0;
+        self.connected.socket_cookie = 0;
     }
 
-    /// Holds just this record: the socket was connected.
+    /// Holds just this record: the socket was connected. A UDP socket says who it is.
     #[inline(always)]
-    pub fn set(&mut self, record: SocketRecord) {
+    pub fn set(&mut self, record: SocketRecord, identity: SocketIdentity) {
         self.version = Self::VERSION;
         self.used = 1;
+        self.connected = identity;
         self.records[0] = record;
+    }
+
+    /// The UDP socket, if it was connected to a service address.
+    #[inline(always)]
+    pub fn connected(&self) -> Option<ConnectedSocket> {
+        let is_connected = self.in_use() > 0 && self.connected.socket_cookie != 0;
+        is_connected.then(|| ConnectedSocket { identity: self.connected, record: self.records[0] })
     }
 
     /// The record of a service address, if the socket spoke to it.
@@ -121,7 +157,9 @@ impl SocketRecords {
     pub fn insert(&mut self, record: SocketRecord) -> Option<SocketRecord> {
         let used = self.in_use();
         self.version = Self::VERSION;
-        let mut oldest = 0;
+        // The record of a connect goes with the next connect, not before.
+        let first = usize::from(self.connected.socket_cookie != 0);
+        let mut oldest = first;
         let mut i = 0;
         while i < SOCKET_RECORDS {
             if i >= used {
@@ -133,7 +171,8 @@ impl SocketRecords {
                 self.records[i] = record;
                 return None;
             }
-            if self.records[i].last_used < self.records[oldest & (SOCKET_RECORDS - 1)].last_used {
+            if i >= first && self.records[i].last_used < self.records[oldest & (SOCKET_RECORDS - 1)].last_used
+            {
                 oldest = i;
             }
             i += 1;
@@ -242,7 +281,8 @@ pub fn original_address(records: &SocketRecords, address: &Address, port: u16) -
 
 const _: () = {
     assert!(size_of::<SocketRecord>() == 56);
-    assert!(size_of::<SocketRecords>() == 8 + SOCKET_RECORDS * 56);
+    assert!(size_of::<SocketRecords>() == 24 + SOCKET_RECORDS * 56);
+    assert!(size_of::<ConnectedSocket>() == 16 + 56);
 };
 
 #[cfg(test)]
@@ -305,10 +345,27 @@ mod tests {
         records.insert(record(2, 2));
         records.insert(SocketRecord { backend_port: 1, ..record(1, 3) });
         assert_eq!(records.in_use(), 2);
-        records.set(record(5, 5));
+        records.set(record(5, 5), SocketIdentity::default());
         assert!(records.for_service(&Address::from_v4_word(2), 53).is_none());
         records.clear();
         assert!(records.for_service(&Address::from_v4_word(5), 53).is_none());
+    }
+
+    #[test]
+    fn a_connected_socket_says_who_it_is_until_it_is_connected_elsewhere() {
+        let identity = SocketIdentity { socket_cookie: 77, netns_cookie: 1 };
+        let mut records = SocketRecords::new();
+        records.insert(record(1, 1));
+        assert_eq!(records.connected(), None, "it only sent");
+        records.set(record(2, 0), identity);
+        for n in 3..20 {
+            records.insert(record(n, u64::from(n)));
+        }
+        assert_eq!(records.connected(), Some(ConnectedSocket { identity, record: record(2, 0) }));
+        records.clear();
+        assert_eq!(records.connected(), None);
+        records.set(record(2, 0), SocketIdentity::default());
+        assert_eq!(records.connected(), None, "not UDP");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 
 mod count;
 mod drops;
+mod iterate;
 mod kernel;
 mod maps;
 mod packet;

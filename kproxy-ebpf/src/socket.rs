@@ -8,8 +8,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use kproxy_common::{
-    Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketRecord, SocketRecords,
-    SocketVerdict, Tables as _, original_address, socket_connection,
+    Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketIdentity, SocketRecord,
+    SocketRecords, SocketVerdict, Tables as _, original_address, socket_connection,
 };
 
 use crate::{
@@ -243,7 +243,7 @@ fn connect(call: &impl Call) -> i32 {
             if (peer_wanted || matches!(connection.protocol, Protocol::Udp))
                 && let Some(records) = call.records_or_new()
             {
-                records.set(record);
+                records.set(record, identity(call, &connection));
             }
             call.set(&record.backend_address, record.backend_port);
             GO_ON
@@ -325,6 +325,17 @@ fn overflow(call: &impl Call, record: &SocketRecord) {
     };
     // Without room an answer of this backend would show the backend's address: the LRU makes room.
     let _ = maps::SOCKET_OVERFLOW.insert(&key, &value, 0);
+}
+
+/// Of a UDP socket. TCP connections are never cut, so nobody asks for theirs.
+#[inline(always)]
+fn identity(call: &impl Call, connection: &Connection) -> SocketIdentity {
+    if !matches!(connection.protocol, Protocol::Udp) {
+        return SocketIdentity { socket_cookie: 0, netns_cookie: 0 };
+    }
+    // SAFETY: the helper takes the program's own context.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(call.ctx().as_ptr()) };
+    SocketIdentity { socket_cookie, netns_cookie: connection.client.netns_cookie }
 }
 
 #[inline(always)]

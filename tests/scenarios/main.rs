@@ -27,6 +27,7 @@ mod restart;
 mod safety;
 mod sockets;
 mod source_ranges;
+mod udp;
 mod workers;
 
 use std::process::ExitCode;
@@ -52,6 +53,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
     (kproxy, drops::SCENARIOS),
+    (kproxy, udp::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),

@@ -39,17 +39,24 @@ pub struct Endpoint {
     v4: Ipv4Addr,
     v6: Ipv6Addr,
     ready: bool,
+    terminating: bool,
 }
 
 impl Endpoint {
     /// A pod that is ready.
     pub fn of(pod: &Pod) -> Self {
-        Self { node: pod.node_name().to_owned(), v4: pod.v4(), v6: pod.v6(), ready: true }
+        Self { node: pod.node_name().to_owned(), v4: pod.v4(), v6: pod.v6(), ready: true, terminating: false }
     }
 
     /// The same, not ready.
     pub fn not_ready(mut self) -> Self {
         self.ready = false;
+        self
+    }
+
+    /// The same, about to end, and still serving.
+    pub fn terminating(mut self) -> Self {
+        (self.ready, self.terminating) = (false, true);
         self
     }
 }
@@ -314,7 +321,7 @@ impl Endpoint {
         };
         json!({
             "addresses": [address],
-            "conditions": {"ready": self.ready, "serving": self.ready, "terminating": false},
+            "conditions": {"ready": self.ready, "serving": self.ready || self.terminating, "terminating": self.terminating},
             "nodeName": self.node,
         })
     }

@@ -83,6 +83,11 @@ impl Telemetry {
         HealthChecks::new(self.state.clone(), listeners)
     }
 
+    /// What is counted and measured.
+    pub fn metrics(&self) -> &Metrics {
+        self.state.metrics()
+    }
+
     /// An object came, changed or went.
     pub fn changed(&self, change: &Change) {
         let metrics = self.state.metrics();

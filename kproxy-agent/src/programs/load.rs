@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{Ebpf, EbpfLoader, maps::HashMap, programs::Program};
+use aya::{Btf, Ebpf, EbpfLoader, maps::HashMap, programs::Program};
 use kproxy_common::{Address, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -108,6 +108,9 @@ pub enum LoadError {
         source: Box<aya::programs::ProgramError>,
     },
 }
+
+/// What the program that lists connected sockets iterates over.
+const SOCKET_ITERATOR: &str = "bpf_sk_storage_map";
 
 /// The loaded programs. They are attached by [`crate::programs::Attached`].
 pub struct Programs {
@@ -228,6 +231,18 @@ fn load(pins: Option<Pins>, capacities: &Capacities, features: &Features) -> Res
         let loaded = match program {
             Program::CgroupSockAddr(program) => program.load(),
             Program::SchedClassifier(program) => program.load(),
+            Program::Iter(program) => {
+                // Without it (before 5.9, or without CONFIG_DEBUG_INFO_BTF) everything else works.
+                let loaded = Btf::from_sys_fs()
+                    .map_err(Into::into)
+                    .and_then(|btf| program.load(SOCKET_ITERATOR, &btf));
+                if let Err(error) = loaded {
+                    tracing::warn!(
+                        "UDP clients whose backend is gone are not told so: the kernel refused the program {name}: {error}"
+                    );
+                }
+                continue;
+            }
             _ => continue,
         };
         loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;

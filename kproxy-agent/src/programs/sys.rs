@@ -14,8 +14,12 @@ use std::{
 
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_LINK_DETACH: libc::c_long = 34;
+/// `enum bpf_attach_type`.
+const BPF_TRACE_ITER: u32 = 28;
 /// From `asm-generic/socket.h`; Linux 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -25,6 +29,30 @@ struct LinkUpdate {
     new_prog_fd: u32,
     flags: u32,
     old_prog_fd: u32,
+}
+
+/// The arguments of BPF_LINK_CREATE for an iterator.
+#[repr(C)]
+struct IteratorLink {
+    program_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    info: u64,
+    info_length: u32,
+    _pad: u32,
+}
+
+/// `union bpf_iter_link_info`, where it names a map.
+#[repr(C)]
+struct IteratorMap {
+    map_fd: u32,
+}
+
+#[repr(C)]
+struct IteratorCreate {
+    link_fd: u32,
+    flags: u32,
 }
 
 #[repr(C)]
@@ -56,9 +84,7 @@ struct ObjGet {
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
     let attr = ObjGet { path: path.as_ptr() as u64, fd: 0, flags: 0 };
-    let fd = i32::try_from(bpf(BPF_OBJ_GET, &attr)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    owned(bpf(BPF_OBJ_GET, &attr)?)
 }
 
 /// Puts another program into a link, atomically.
@@ -74,6 +100,26 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let attr = LinkUpdate { link_fd: fd_number(link)?, new_prog_fd: 0, flags: 0, old_prog_fd: 0 };
     bpf(BPF_LINK_DETACH, &attr)?;
     Ok(())
+}
+
+/// Attaches an iterator to the elements of a map. Reading what [`iterate`] gives runs it.
+pub fn iterator_link(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let info = IteratorMap { map_fd: fd_number(map)? };
+    let attr = IteratorLink {
+        program_fd: fd_number(program)?,
+        target_fd: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        info: std::ptr::from_ref(&info) as u64,
+        info_length: size_of::<IteratorMap>() as u32,
+        _pad: 0,
+    };
+    owned(bpf(BPF_LINK_CREATE, &attr)?)
+}
+
+/// A file whose contents are what the iterator writes, from the start.
+pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    owned(bpf(BPF_ITER_CREATE, &IteratorCreate { link_fd: fd_number(link)?, flags: 0 })?)
 }
 
 /// What a link is attached to: the cgroup's id (its inode), or for packet hooks the interface's index, which
@@ -120,6 +166,13 @@ fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<libc::c_long> {
     // pointers inside it live across the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A descriptor that a command has just made for us.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn fd_number(fd: BorrowedFd<'_>) -> io::Result<u32> {

@@ -287,24 +287,17 @@ pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::{maps::sys::MapAttributes, plan::Capacity};
-
+impl FlowMaps {
     /// Maps that belong to nobody else; none, with the reason printed, where the test may not make any.
-    fn maps(flows: u32) -> Option<FlowMaps> {
-        let capacity = Capacity { frontends: 4, backends: 4, addresses: 4, source_ranges: 4 };
-        let made = FlowMaps::from_maps(|name| {
-            let attributes = shape::with_capacity(name, &capacity);
-            let max_entries = if name.starts_with("flow") { flows } else { attributes.max_entries };
-            Map::create(MapAttributes { max_entries, ..attributes }).map_err(|source| MapError::Call {
-                what: "make",
-                map: name,
-                source,
-            })
-        });
+    pub(crate) fn create(flows: u32) -> Option<Self> {
+        let capacity = crate::plan::Capacity { frontends: 4, backends: 4, addresses: 4, source_ranges: 4 };
+        let made =
+            Self::from_maps(|name| {
+                let attributes = shape::with_capacity(name, &capacity);
+                let max_entries = if name.starts_with("flow") { flows } else { attributes.max_entries };
+                Map::create(sys::MapAttributes { max_entries, ..attributes })
+                    .map_err(|source| MapError::Call { what: "make", map: name, source })
+            });
         match made {
             Ok(maps) => Some(maps),
             Err(MapError::Call { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
@@ -314,6 +307,21 @@ mod tests {
             Err(error) => panic!("{error}"),
         }
     }
+
+    /// Enters a flow in a role, as a program would.
+    pub(crate) fn put(&self, table: FlowTable, whole: &Conversation, role: Role) -> FlowKey {
+        let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+        whole.write_entry(role, &mut key, &mut flow);
+        self.map(table).update(bytes_of(&[key]), bytes_of(&[flow]), sys::BPF_ANY).unwrap();
+        key
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
 
     fn whole(client_port: u16) -> Conversation {
         Conversation {
@@ -327,10 +335,7 @@ mod tests {
     }
 
     fn put(maps: &FlowMaps, whole: &Conversation, role: Role) -> FlowKey {
-        let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
-        whole.write_entry(role, &mut key, &mut flow);
-        maps.established.update(bytes_of(&[key]), bytes_of(&[flow]), sys::BPF_ANY).unwrap();
-        key
+        maps.put(FlowTable::Established, whole, role)
     }
 
     fn read_all(maps: &FlowMaps, mut cursor: Cursor) -> Vec<(FlowKey, Flow)> {
@@ -345,7 +350,7 @@ mod tests {
 
     #[test]
     fn pages_hold_every_entry_once_with_batches_and_without() {
-        let Some(mut maps) = maps(4_096) else { return };
+        let Some(mut maps) = FlowMaps::create(4_096) else { return };
         let written: Vec<_> = (1..=1_000).map(|port| put(&maps, &whole(port), Role::Request)).collect();
         let one_by_one = Cursor { place: Place::Key(bytes_of(&[FlowKey::EMPTY]).to_vec(), 0) };
         for cursor in [Cursor::default(), one_by_one] {
@@ -367,7 +372,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_found_by_its_flow() {
-        let Some(maps) = maps(64) else { return };
+        let Some(maps) = FlowMaps::create(64) else { return };
         let flow = whole(9);
         let reply = put(&maps, &flow, Role::Reply);
         let found = maps.entry(&flow, Role::Reply).unwrap();
