@@ -102,6 +102,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         telemetry,
         events,
         has_write_failures: false,
+        loading: Loading { started: Instant::now(), objects: 0, parsing: Duration::ZERO },
     };
     tracing::info!(
         node = node_name,
@@ -155,6 +156,16 @@ struct Agent<'a> {
     events: Events,
     /// Whether the last sync left something unwritten.
     has_write_failures: bool,
+    loading: Loading,
+}
+
+/// How the first full lists came in.
+struct Loading {
+    started: Instant,
+    /// Services, EndpointSlices and the rest.
+    objects: u64,
+    /// What it took to turn them into the model's values.
+    parsing: Duration,
 }
 
 impl Agent<'_> {
@@ -162,9 +173,17 @@ impl Agent<'_> {
         match event {
             Event::Change(change) => {
                 self.telemetry.changed(&change);
+                let start = Instant::now();
                 self.model.apply(change);
+                self.loading.objects += 1;
+                self.loading.parsing += start.elapsed();
             }
-            Event::Synced => self.is_synced = true,
+            Event::Synced => {
+                self.is_synced = true;
+                let Loading { started, objects, parsing } = &self.loading;
+                let (read_us, parse_us) = (micros(started.elapsed()), micros(*parsing));
+                tracing::info!(objects, read_us, parse_us, "the first full lists are here");
+            }
             Event::Problem(problem) => self.telemetry.source_problem(problem),
             Event::Flush => self.sync()?,
         }
@@ -220,7 +239,9 @@ impl Agent<'_> {
             self.telemetry.queued();
         }
         self.health_checks.note(std::mem::take(&mut update.health_checks), update.node.as_ref());
+        let start = Instant::now();
         let report = self.syncer.sync(update, SystemTime::now());
+        let syncing = start.elapsed();
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
         }
@@ -238,7 +259,10 @@ impl Agent<'_> {
         self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
         let (services, frontends) = (self.syncer.services(), self.syncer.frontends());
         let (writes, calls, failed) = (report.counts.writes(), report.calls, report.failed.len());
-        let (compute_us, total_us) = (compute.as_micros() as u64, started.elapsed().as_micros() as u64);
+        let writing = report.times.iter().map(|step| step.time).sum::<Duration>();
+        let (compute_us, plan_us, write_us) =
+            (micros(compute), micros(syncing.saturating_sub(writing)), micros(writing));
+        let total_us = micros(started.elapsed());
         // A change of state where something was written, else of no interest but to who waits for it.
         if has_news || writes > 0 {
             tracing::info!(
@@ -249,6 +273,8 @@ impl Agent<'_> {
                 calls,
                 failed,
                 compute_us,
+                plan_us,
+                write_us,
                 total_us,
                 "synced"
             );
@@ -261,6 +287,8 @@ impl Agent<'_> {
                 calls,
                 failed,
                 compute_us,
+                plan_us,
+                write_us,
                 total_us,
                 "synced"
             );
@@ -308,6 +336,11 @@ impl Agent<'_> {
     fn node_addresses(&self) -> BTreeSet<IpAddr> {
         self.model.node_addresses().iter().copied().map(IpAddr::from).collect()
     }
+}
+
+/// Microseconds, as the log has them.
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The way to the API server; `None` where objects come from files.

@@ -1,6 +1,7 @@
-//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | clean-cache`.
+//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | bench | clean-cache`.
 
 mod apt;
+mod bench;
 mod bpf;
 mod build;
 mod demo;
@@ -23,7 +24,11 @@ use crate::progress::Progress;
 use crate::setup::Purpose;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Set-up, build, test and demo of kproxy")]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Set-up, build, test, demo and measurements of kproxy"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -65,6 +70,24 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Set up, build with optimisations, and measure in the lab what kproxy costs; some minutes, best on an idle
+    /// machine
+    ///
+    /// Prints tables: a first load of many Services, split into reading, computing and writing; one changed
+    /// endpoint; memory of the agent and of all maps; the size of the programs; and connections through a
+    /// ClusterIP as ratios to the same pod asked directly, with one Service and with many, one arm after the other
+    /// in every round. Exits with 1 if an A/A ratio is off by more than 2 %: then the machine was too busy.
+    Bench {
+        /// Measure only this
+        #[arg(value_enum)]
+        only: Option<bench::Part>,
+        /// Rounds of the ratios
+        #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(40..=10_000))]
+        rounds: u32,
+        /// How many Services `many` is, of ten endpoints each
+        #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=16_000))]
+        services: u32,
+    },
     /// Remove what setup built outside of the tree: bpf-linker and the Kubernetes programs
     CleanCache,
 }
@@ -103,6 +126,9 @@ fn run(command: Command) -> Result<ExitCode> {
             return test::run(&paths, &progress, skip_lab, filter.as_deref());
         }
         Command::Demo { args } => return demo::run(&paths, &progress, &args),
+        Command::Bench { only, rounds, services } => {
+            return bench::run(&paths, &progress, only, rounds, services);
+        }
         Command::CleanCache => setup::clean_cache(&paths)?,
     }
     Ok(ExitCode::SUCCESS)

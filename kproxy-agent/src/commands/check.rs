@@ -33,15 +33,27 @@ struct Finding {
 #[derive(Serialize)]
 struct Report {
     checks: Vec<Finding>,
+    programs: Vec<ProgramSize>,
+}
+
+/// What a program costs to load.
+#[derive(Serialize)]
+struct ProgramSize {
+    name: String,
+    /// Those that the kernel holds.
+    instructions: u32,
+    /// Those that its verifier walked; not told before 5.16.
+    verified: Option<u32>,
 }
 
 /// Prints what was found; an error if the node cannot run kproxy.
 pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
+    let (loads, programs) = loads();
     let checks = vec![
         privileges(),
         bpffs(&common.bpf_root),
         cgroup(args.cgroup.cgroup_root.as_deref()),
-        loads(),
+        loads,
         set_retval(),
         tcx(),
         batches(),
@@ -51,14 +63,14 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         forward_policy(),
     ];
     let failed = checks.iter().filter(|finding| finding.status == Status::Failed).count();
-    print::print(&Report { checks }, args.output, |report, _| text(report))?;
+    print::print(&Report { checks, programs }, args.output, text)?;
     if failed > 0 {
         bail!("this node cannot run kproxy: {failed} of the checks above failed");
     }
     Ok(())
 }
 
-fn text(report: &Report) -> String {
+fn text(report: &Report, wide: bool) -> String {
     let rows: Vec<Vec<String>> = report
         .checks
         .iter()
@@ -71,7 +83,18 @@ fn text(report: &Report) -> String {
             vec![finding.check.to_owned(), status.to_owned(), finding.detail.clone()]
         })
         .collect();
-    print::table(&["CHECK", "STATUS", "DETAIL"], &rows)
+    let checks = print::table(&["CHECK", "STATUS", "DETAIL"], &rows);
+    if !wide || report.programs.is_empty() {
+        return checks;
+    }
+    let rows: Vec<Vec<String>> = report
+        .programs
+        .iter()
+        .map(|ProgramSize { name, instructions, verified }| {
+            vec![name.clone(), instructions.to_string(), verified.map_or_else(String::new, |n| n.to_string())]
+        })
+        .collect();
+    format!("{checks}\n{}", print::table(&["PROGRAM", "INSTRUCTIONS", "VERIFIED"], &rows))
 }
 
 fn finding(check: &'static str, status: Status, detail: impl Into<String>) -> Finding {
@@ -122,9 +145,15 @@ fn cgroup(given: Option<&Path>) -> Finding {
     )
 }
 
-fn loads() -> Finding {
-    let result = Programs::load_unpinned(&Capacities::SMALL).map(|programs| {
-        let sizes = programs.sizes();
+fn loads() -> (Finding, Vec<ProgramSize>) {
+    let loaded = Programs::load_unpinned(&Capacities::SMALL).map(|programs| programs.sizes());
+    let programs = loaded.iter().flatten().map(|(name, instructions, verified)| ProgramSize {
+        name: name.clone(),
+        instructions: *instructions,
+        verified: *verified,
+    });
+    let programs = programs.collect();
+    let result = loaded.map(|sizes| {
         let most = sizes.iter().filter_map(|(name, _, verified)| Some((verified.as_ref()?, name))).max();
         match most {
             Some((verified, name)) => {
@@ -136,7 +165,7 @@ fn loads() -> Finding {
             None => format!("all {} accepted", sizes.len()),
         }
     });
-    from_result("programs", result.map_err(anyhow::Error::from))
+    (from_result("programs", result.map_err(anyhow::Error::from)), programs)
 }
 
 fn set_retval() -> Finding {

@@ -1,0 +1,57 @@
+//! Running the measurements with everything that they need in place.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::bpf;
+use crate::build::{self, Profile};
+use crate::machine;
+use crate::paths::Paths;
+use crate::process;
+use crate::progress::Progress;
+use crate::setup::{self, Purpose};
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// What loading and changing costs, memory, and the size of the programs
+    Load,
+    /// Connections through a ClusterIP as ratios to direct ones
+    Connections,
+}
+
+/// Sets up, builds, and becomes the measurement. Returns only where that failed.
+pub fn run(
+    paths: &Paths,
+    progress: &Progress,
+    only: Option<Part>,
+    rounds: u32,
+    services: u32,
+) -> Result<ExitCode> {
+    let obstacles = machine::lab_obstacles();
+    if !obstacles.is_empty() {
+        bail!("nothing can be measured here: {}", obstacles.join("; "));
+    }
+    let tools = setup::run(paths, progress, Purpose::Demo)?;
+    let objects = bpf::build(paths, progress, &tools.bpf)?;
+    let binary = build::agent(paths, progress, &objects, Profile::Release)?;
+
+    let mut command = process::cargo();
+    command
+        .current_dir(&paths.root)
+        .args(["run", "--quiet", "--release", "--package", "kproxy-lab", "--bin", "bench", "--"])
+        .args(["--rounds", &rounds.to_string(), "--services", &services.to_string()])
+        .env("KPROXY_BIN", binary);
+    match only {
+        Some(Part::Load) => command.arg("load"),
+        Some(Part::Connections) => command.arg("connections"),
+        None => &mut command,
+    };
+    bpf::set_env(&mut command, &objects);
+    // Not a child: Ctrl-C goes to the measurement, which takes its lab down, and the shell waits for it.
+    let error = command.exec();
+    Err(error).context("cannot start cargo for the measurement")
+}
