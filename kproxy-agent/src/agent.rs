@@ -5,6 +5,7 @@ pub(crate) mod config;
 mod flows;
 mod health_checks;
 mod host;
+mod measures;
 mod sync;
 mod telemetry;
 
@@ -172,11 +173,14 @@ impl Agent<'_> {
     fn on_event(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Change(change) => {
-                self.telemetry.changed(&change);
+                let news = self.telemetry.seen(&change);
                 let start = Instant::now();
-                self.model.apply(change);
+                let is_known = self.model.take_in(change);
                 self.loading.objects += 1;
                 self.loading.parsing += start.elapsed();
+                if !is_known {
+                    self.telemetry.waits(news);
+                }
             }
             Event::Synced => {
                 self.is_synced = true;
@@ -238,6 +242,7 @@ impl Agent<'_> {
         if has_news {
             self.telemetry.queued();
         }
+        self.telemetry.computed(&update.services);
         self.health_checks.note(std::mem::take(&mut update.health_checks), update.node.as_ref());
         let start = Instant::now();
         let report = self.syncer.sync(update, SystemTime::now());
@@ -256,7 +261,7 @@ impl Agent<'_> {
         self.flows.synced(self.syncer.tables(), changed, &report);
         // After the first time's attaching: a load balancer that is answered sends at once.
         self.health_checks.answer(|service| self.syncer.is_written(service));
-        self.telemetry.synced(&report, self.syncer.tables(), &self.model, is_first, started.elapsed());
+        self.telemetry.synced(&report, &self.syncer, &self.model, is_first, started.elapsed());
         let (services, frontends) = (self.syncer.services(), self.syncer.frontends());
         let (writes, calls, failed) = (report.counts.writes(), report.calls, report.failed.len());
         let writing = report.times.iter().map(|step| step.time).sum::<Duration>();
@@ -294,7 +299,9 @@ impl Agent<'_> {
             );
         }
         // Off the critical path: what was just written is in force already.
-        self.syncer.settle(SystemTime::now());
+        if !self.syncer.settle(SystemTime::now()) {
+            self.telemetry.cleanup_failed();
+        }
         Ok(())
     }
 

@@ -99,9 +99,15 @@ impl Model {
 
     /// Takes in what happened to one object.
     pub fn apply(&mut self, change: Change) {
+        self.take_in(change);
+    }
+
+    /// As [`apply`](Self::apply); says whether it is known already, so that nothing follows from it. Only of Services and
+    /// EndpointSlices: of the rest it says no.
+    pub fn take_in(&mut self, change: Change) -> bool {
         match change {
-            Change::Service(key, service) => self.apply_service(key, service.as_deref()),
-            Change::EndpointSlice(key, slice) => self.apply_slice(key, slice.as_deref()),
+            Change::Service(key, service) => return self.apply_service(key, service.as_deref()),
+            Change::EndpointSlice(key, slice) => return self.apply_slice(key, slice.as_deref()),
             Change::Node(node) => self.apply_node(node.as_deref()),
             Change::ServiceCidr(name, object) => {
                 let parsed = object.map(|object| parse::service_cidr(&name, &object));
@@ -121,6 +127,7 @@ impl Model {
                 self.local_addresses = addresses;
             }
         }
+        false
     }
 
     /// What follows from everything that was applied since the last call.
@@ -218,7 +225,7 @@ impl Model {
         }
     }
 
-    fn apply_service(&mut self, key: ServiceKey, service: Option<&core::Service>) {
+    fn apply_service(&mut self, key: ServiceKey, service: Option<&core::Service>) -> bool {
         let key = self.services.get_key_value(&key).map_or_else(|| Arc::new(key), |(key, _)| Arc::clone(key));
         let extra = &self.config.pass_through.extra_annotations;
         let (service, problems) = split(service.map(|service| parse::service(&key, service, extra)));
@@ -227,11 +234,11 @@ impl Model {
         let service = service.filter(|service| service.served_by != ServedBy::Nobody);
         let entry = match self.services.get_mut(&key) {
             Some(entry) => entry,
-            None if service.is_none() => return,
+            None if service.is_none() => return true,
             None => self.services.entry(Arc::clone(&key)).or_default(),
         };
         if entry.service == service {
-            return;
+            return true;
         }
         let claimant = |service: &Service| Claimant { created: service.created, service: Arc::clone(&key) };
         let before = entry.service.as_ref().map(claimant);
@@ -244,9 +251,10 @@ impl Model {
         move_claims(&mut self.addresses, &entry.addresses, &addresses, before.as_ref(), after.as_ref());
         (entry.service, entry.frontends, entry.addresses) = (service, frontends, addresses);
         entry.affect(key, &mut self.affected);
+        false
     }
 
-    fn apply_slice(&mut self, key: ServiceKey, slice: Option<&discovery::EndpointSlice>) {
+    fn apply_slice(&mut self, key: ServiceKey, slice: Option<&discovery::EndpointSlice>) -> bool {
         let (slice, problems) = split(slice.map(|slice| parse::endpoint_slice(&key, slice)));
         self.problems.set(ObjectRef::endpoint_slice(&key), Stage::Parsed, problems);
         let slice = slice.flatten();
@@ -263,16 +271,16 @@ impl Model {
             entry.affect(Arc::clone(before), &mut self.affected);
         }
         let (Some(slice), Some(owner)) = (slice, owner) else {
-            self.slice_owners.remove(&key);
-            return;
+            return self.slice_owners.remove(&key).is_none();
         };
         let entry = self.services.entry(Arc::clone(&owner)).or_default();
         if entry.slices.get(name) == Some(&slice) {
-            return;
+            return true;
         }
         entry.slices.insert(name.into(), slice);
         entry.affect(Arc::clone(&owner), &mut self.affected);
         self.slice_owners.insert(key, owner);
+        false
     }
 
     fn apply_node(&mut self, node: Option<&core::Node>) {

@@ -19,6 +19,7 @@ mod input;
 mod kubernetes;
 mod like_kube_proxy;
 mod live;
+mod metrics;
 mod objects;
 mod packets;
 mod pass_through;
@@ -64,6 +65,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
+    (kproxy, metrics::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
     (kproxy_and_kubernetes, events::SCENARIOS),
     (kproxy_and_kube_proxy, like_kube_proxy::SCENARIOS),

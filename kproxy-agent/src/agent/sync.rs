@@ -38,12 +38,13 @@ impl<W: MapWriter> Syncer<W> {
         self.reconciler.run(&mut self.maps, now)
     }
 
-    /// Makes free what the last writes took out of use.
-    pub fn settle(&mut self, now: SystemTime) {
+    /// Makes free what the last writes took out of use; whether all of it could be.
+    pub fn settle(&mut self, now: SystemTime) -> bool {
         let report = self.reconciler.settle(&mut self.maps, now);
-        for (party, error) in report.failed {
+        for (party, error) in &report.failed {
             tracing::error!(service = %party, "what is no longer used cannot be freed: {error}");
         }
+        report.failed.is_empty()
     }
 
     /// When something that failed is tried again.
@@ -55,6 +56,11 @@ impl<W: MapWriter> Syncer<W> {
     pub fn is_written(&self, service: &ServiceKey) -> bool {
         let status = self.reconciler.status().service(service);
         status.is_none_or(|status| status.waiting_since().is_none())
+    }
+
+    /// Whether something could not be written that should be possible.
+    pub fn is_failing(&self) -> bool {
+        self.reconciler.status().is_failing()
     }
 
     /// Every Service that could not be written, why, and whether for want of room.

@@ -1,28 +1,33 @@
 //! What the agent tells of itself: health, and metrics.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Result;
-use k8s_openapi::api::core::v1::Node;
 use kproxy_common::Reason;
 use serde_json::json;
 
-use super::health_checks::HealthChecks;
+use super::{
+    health_checks::HealthChecks,
+    measures::{NoLocalEndpoints, Programming, Trigger},
+    sync::Syncer,
+};
 use crate::{
     cli::AgentArgs,
     commands::UsageError,
     events::{EventReason, Events},
-    maps::{Report, kernel::KernelMaps},
+    maps::{MapWriter, Report, kernel::KernelMaps},
     model::{Change, Model, objects::Family},
-    plan::{Tables, split_name},
+    plan::split_name,
     servers::{
         BindAddress, Changed, HealthCheckListeners, KubeProxyConfiguration, ListenNews, Metrics, Moment,
         ProblemOrigin, Readings, Server, Servers, ServiceCounters, State, SyncKind, configz,
     },
     source::{PresentProblems, SourceProblem},
+    wanted::{ServiceKey, WantedService},
 };
 
 /// The servers, and what they answer.
@@ -30,6 +35,11 @@ pub struct Telemetry {
     state: State,
     events: Events,
     source_problems: PresentProblems,
+    programming: Programming,
+    no_local_endpoints: NoLocalEndpoints,
+    /// News since the last sync.
+    services_waiting: usize,
+    endpoints_waiting: usize,
     _servers: Servers,
 }
 
@@ -69,6 +79,10 @@ impl Telemetry {
             state,
             events: events.clone(),
             source_problems: PresentProblems::default(),
+            programming: Programming::new(SystemTime::now()),
+            no_local_endpoints: NoLocalEndpoints::default(),
+            services_waiting: 0,
+            endpoints_waiting: 0,
             _servers: servers,
         })
     }
@@ -88,16 +102,47 @@ impl Telemetry {
         self.state.metrics()
     }
 
-    /// An object came, changed or went.
-    pub fn changed(&self, change: &Change) {
+    /// An object came, changed or went. What it means for the measures once the model has found that it is news.
+    pub fn seen(&self, change: &Change) -> News {
         let metrics = self.state.metrics();
         match change {
-            Change::Service(..) => metrics.changes_seen(Changed::Services, 1),
-            Change::EndpointSlice(..) => metrics.changes_seen(Changed::Endpoints, 1),
-            // After its deletion the Node as last seen counts.
-            Change::Node(Some(node)) => self.node_seen(node),
-            Change::Node(None) | Change::ServiceCidr(..) | Change::LocalAddresses(_) => {}
+            Change::Service(..) => {
+                metrics.changes_seen(Changed::Services, 1);
+                News::Service
+            }
+            Change::EndpointSlice(key, slice) => {
+                metrics.changes_seen(Changed::Endpoints, 1);
+                News::Endpoints(slice.as_ref().and_then(|slice| Trigger::of(&key.namespace, slice)))
+            }
+            Change::Node(node) => {
+                // After its deletion the Node as last seen counts.
+                node.iter().for_each(|node| self.state.node_seen(node));
+                News::Other
+            }
+            Change::ServiceCidr(..) | Change::LocalAddresses(_) => News::Other,
         }
+    }
+
+    /// It is news, and waits to be written.
+    pub fn waits(&mut self, news: News) {
+        let metrics = self.state.metrics();
+        match news {
+            News::Service => {
+                self.services_waiting += 1;
+                metrics.changes_pending(Changed::Services, self.services_waiting);
+            }
+            News::Endpoints(trigger) => {
+                self.endpoints_waiting += 1;
+                metrics.changes_pending(Changed::Endpoints, self.endpoints_waiting);
+                trigger.into_iter().for_each(|trigger| self.programming.wait(trigger));
+            }
+            News::Other => {}
+        }
+    }
+
+    /// What an update brings is about to be written.
+    pub fn computed(&mut self, services: &BTreeMap<ServiceKey, Option<WantedService>>) {
+        self.no_local_endpoints.note(services);
     }
 
     /// Something is about to be written.
@@ -116,22 +161,40 @@ impl Telemetry {
     }
 
     /// What is wanted was written, or part of it could not be.
-    pub fn synced(&self, report: &Report, tables: &Tables, model: &Model, is_first: bool, took: Duration) {
-        let metrics = self.state.metrics();
+    pub fn synced<W: MapWriter>(
+        &mut self,
+        report: &Report,
+        syncer: &Syncer<W>,
+        model: &Model,
+        is_first: bool,
+        took: Duration,
+    ) {
+        let (now, metrics) = (Moment::now(), self.state.metrics());
         let kind = if is_first { SyncKind::Full } else { SyncKind::Partial };
         for family in Family::ALL {
             metrics.sync_took(family, kind, took);
-            if report.failed.is_empty() {
-                self.state.written(family, Moment::now());
+            if syncer.is_failing() {
+                self.state.write_failed(family, now);
             } else {
-                self.state.write_failed(family, Moment::now());
+                self.state.written(family, now);
             }
         }
-        let mut by_kind = std::collections::BTreeMap::new();
+        for (family, triggered) in self.programming.written(|service| syncer.is_written(service)) {
+            metrics.programmed(family, triggered, now.wall);
+        }
+        self.programming.forget(now.wall);
+        (self.services_waiting, self.endpoints_waiting) = (0, 0);
+        metrics.changes_pending(Changed::Services, 0);
+        metrics.changes_pending(Changed::Endpoints, 0);
+        for (side, family, count) in self.no_local_endpoints.sums() {
+            metrics.no_local_endpoints(side, family, count);
+        }
+        let mut by_kind = BTreeMap::new();
         for problem in model.problems() {
             *by_kind.entry(problem.kind.word()).or_insert(0_usize) += 1;
         }
         metrics.problems(ProblemOrigin::Model, by_kind);
+        let tables = syncer.tables();
         let capacity = tables.capacity();
         metrics.map_fill("frontend", tables.frontends().count(), capacity.frontends as usize);
         let slots = capacity.backends - tables.free_slots();
@@ -149,9 +212,17 @@ impl Telemetry {
         }
     }
 
-    fn node_seen(&self, node: &Node) {
-        self.state.node_seen(node);
+    /// What is no longer used could not be freed.
+    pub fn cleanup_failed(&self) {
+        Family::ALL.into_iter().for_each(|family| self.state.metrics().cleanup_failed(family));
     }
+}
+
+/// What a change is about, for the measures.
+pub enum News {
+    Service,
+    Endpoints(Option<Trigger>),
+    Other,
 }
 
 /// The servers' addresses as the flags give them.

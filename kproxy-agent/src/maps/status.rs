@@ -121,6 +121,18 @@ impl Statuses {
         })
     }
 
+    /// Whether something could not be written that should be possible. That a Service does not fit, or cannot be stored
+    /// at all, is its own trouble: it is named, the rest is served, and no restart would help.
+    pub fn is_failing(&self) -> bool {
+        let is_failing = |status: &Status| {
+            matches!(
+                status,
+                Status::Failed { no_room: false, next_try: Some(_), .. } | Status::Pending { .. }
+            )
+        };
+        self.open_statuses().any(is_failing)
+    }
+
     /// The node's addresses that answer NodePorts; `None` before they were known.
     pub fn node(&self) -> Option<&Status> {
         self.node.as_ref()
@@ -215,6 +227,23 @@ mod tests {
         let changed = Status::changed(Some(&failed), at(9));
         assert!(changed.is_due(at(9)));
         assert_eq!(changed.waiting_since(), Some(at(5)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_no_failure_of_the_whole() {
+        let mut statuses = Statuses::default();
+        let key = ServiceKey { namespace: "default".to_owned(), name: "a".to_owned() };
+        assert!(!statuses.is_failing());
+        for (status, expected) in [
+            (Status::failed(None, Failure { no_room: true, ..failure() }, at(5)), false),
+            (Status::failed(None, Failure { retry: false, ..failure() }, at(5)), false),
+            (Status::failed(None, failure(), at(5)), true),
+            (Status::Done { since: at(5) }, false),
+            (Status::Pending { since: at(5) }, true),
+        ] {
+            statuses.set(&key, status.clone());
+            assert_eq!(statuses.is_failing(), expected, "{status:?}");
+        }
     }
 
     #[test]
