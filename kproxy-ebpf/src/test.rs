@@ -13,7 +13,7 @@ mod kernel;
 mod maps;
 
 use aya_ebpf::{
-    bindings::TC_ACT_OK,
+    bindings::{TC_ACT_OK, TC_ACT_UNSPEC},
     btf_maps::{Array, PerCpuArray},
     helpers::bpf_get_prandom_u32,
     macros::{btf_map, classifier},
@@ -106,6 +106,12 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
         unsafe { *count += 1 };
     }
     TC_ACT_OK
+}
+
+/// Nothing: what a test run itself costs.
+#[classifier]
+pub fn empty(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
 }
 
 #[inline(always)]

@@ -199,8 +199,9 @@ impl World {
 
     /// Runs a program on these bytes, and nothing else.
     pub fn run(&mut self, at: At, link: Link, bytes: &[u8]) -> Outcome {
-        let (name, index) = (program(at, link), self.index(device(at)));
-        let program = self.programs.object().program(name).expect("the program is in the object");
+        let index = self.index(device(at));
+        let program =
+            self.programs.object().program(program(at, link)).expect("the program is in the object");
         let program: &SchedClassifier = program.try_into().expect("it is a classifier");
         let result = program
             .test_run(TestRunOptions {
@@ -209,21 +210,27 @@ impl World {
                 ctx_in: Some(&context(index)),
                 ..TestRunOptions::new()
             })
-            .unwrap_or_else(|error| panic!("{name} does not run on {bytes:02x?}: {error}"));
+            .unwrap_or_else(|error| panic!("{at:?} does not run on {bytes:02x?}: {error}"));
         let action = match result.return_value as i32 {
             -1 => Action::Next,
             2 => Action::Drop,
-            other => panic!("{name} returned {other} for {bytes:02x?}"),
+            other => panic!("{at:?} returned {other} for {bytes:02x?}"),
         };
         Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
+    }
+
+    /// The program at a hook.
+    pub fn program(&mut self, at: At, link: Link) -> &SchedClassifier {
+        let program =
+            self.programs.object().program(program(at, link)).expect("the program is in the object");
+        program.try_into().expect("it is a classifier")
     }
 
     /// Whether this kernel's test runs take a packet as long as this one; tried where no program changes it.
     pub fn can_run(&mut self, bytes: &[u8]) -> bool {
         let mut foreign = bytes.to_vec();
         foreign[12..14].fill(0);
-        let program = self.programs.object().program("out_eth").expect("the program is in the object");
-        let program: &SchedClassifier = program.try_into().expect("it is a classifier");
+        let program = self.program(At::Out(Device::Uplink), Link::Ethernet);
         program.test_run(TestRunOptions { data_in: Some(&foreign), ..TestRunOptions::new() }).is_ok()
     }
 
