@@ -1,7 +1,8 @@
 //! What the packet programs cost: nanoseconds of each on its main paths, under BPF_PROG_TEST_RUN, less those of a
 //! program that does nothing.
 //!
-//! `cargo bench -p kproxy-agent --bench packet`; needs root, and KPROXY_TEST_OBJECT from `cargo xtask build` for the
+//! `cargo bench --profile dev -p kproxy-agent --bench packet` (the kernel measures, and the programs are optimised in every
+//! profile); needs root, and KPROXY_TEST_OBJECT from `cargo xtask build` for the
 //! program that does nothing.
 
 #[path = "../tests/packets/cluster.rs"]
@@ -160,6 +161,13 @@ fn paths(world: &mut World) -> Vec<Path> {
             }
             let frontend = Who::ClusterIp(1).at(family, 80);
             let request = Frame::of(protocol, Link::Ethernet, client, frontend, ACK | PSH);
+            let (verdict, sent) = world.meet(pod, Link::Ethernet, &request);
+            assert!(matches!(verdict, PacketVerdict::SetDestination { .. }), "{verdict:?}");
+            let (verdict, _) = world.meet(pod, Link::Ethernet, &sent.expect("it goes on"));
+            assert!(
+                matches!(verdict, PacketVerdict::SetDestination { .. }),
+                "it is not its own mirror: {verdict:?}"
+            );
             same(&format!("known flow, request, {protocol:?}, {family:?}"), pod, request);
             let reply = Frame::of(protocol, Link::Ethernet, frontend, client, ACK | PSH);
             same(&format!("known flow, reply, {protocol:?}, {family:?}"), out, reply);
