@@ -306,9 +306,22 @@ impl Agent<'_> {
     }
 
     fn attach(&mut self) -> Result<()> {
+        let carries = self.programs.carries()?;
+        for carry in &carries {
+            carry.copy()?;
+        }
+        let since = crate::flows::now().context("cannot tell the time since boot")?;
+        let catch_up = || carries.iter().try_for_each(|carry| carry.finish(since));
         self.attached.socket_hooks(&mut self.programs, &self.cgroup)?;
         self.is_attached = true;
+        catch_up()?;
         self.attach_devices();
+        catch_up()?;
+        if !carries.is_empty() {
+            // Once more when no program holds the old tables.
+            crate::maps::grace_period().context("cannot wait for a grace period")?;
+            catch_up()?;
+        }
         self.programs.maps_take_place()?;
         self.flows.start(&mut self.programs, self.bpf_root, &self.cgroup);
         tracing::info!(interfaces = self.attached.device_count(), "attached");

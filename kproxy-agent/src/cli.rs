@@ -218,6 +218,23 @@ pub struct TableArgs {
         value_parser = clap::value_parser!(u32).range(16..=4_194_304)
     )]
     pub max_source_ranges: u32,
+    /// How many flows of the packet path, and clients with session affinity; 0: by the node's memory, one for every
+    /// 256 KiB, rounded down to a power of two, at least 16384, at most 1048576
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KPROXY_MAX_FLOWS",
+        default_value_t = 0,
+        value_parser = max_flows
+    )]
+    pub max_flows: u32,
+}
+
+fn max_flows(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(flows @ (0 | 1_024..=16_777_216)) => Ok(flows),
+        _ => Err("0, or 1024 to 16777216".to_owned()),
+    }
 }
 
 #[derive(Args, Clone, Debug)]

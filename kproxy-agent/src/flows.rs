@@ -3,6 +3,7 @@
 
 mod keeper;
 mod serving;
+pub mod sizes;
 
 use std::time::Duration;
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Context, Family, Node, NodeSpec};
+use kproxy_lab::{BurstSpec, Context, Family, Node, NodeSpec};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -12,7 +12,8 @@ use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET, eventually};
 use crate::objects::Service;
 
-pub const SCENARIOS: &[Scenario] = &[("kproxy::flows_are_listed", listed)];
+pub const SCENARIOS: &[Scenario] =
+    &[("kproxy::flows_are_listed", listed), ("kproxy::flows_outlive_other_sizes", other_sizes)];
 
 const NODE_PORT: u16 = 30_080;
 
@@ -117,6 +118,73 @@ fn listed(ctx: &Context) -> Result<()> {
         for wrong in [["--service", "web"], ["--client", "nobody"], ["--backend", "10.0.0.0/33"]] {
             let output = node.kproxy(&["flows", wrong[0], wrong[1]])?;
             ensure!(output.code() == Some(2) && output.stderr.contains(wrong[0]), "{output}");
+        }
+        Ok(())
+    });
+    steps.done()
+}
+
+/// An agent that makes its tables of another size carries over what is in them: open connections, also masked ones,
+/// and where clients with affinity go.
+fn other_sizes(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
+            .node(NodeSpec::new("node-b", 2, &["b1"]))
+            .client("client")
+    })?;
+    let web =
+        Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(NODE_PORT).pods(&[lab.pod("a1")?]);
+    let far = Service::new("far", 11).tcp(80, TARGET).node_port(NODE_PORT + 10).pods(&[lab.pod("b1")?]);
+    let sticky = Service::new("sticky", 12)
+        .tcp(80, TARGET)
+        .node_port(NODE_PORT + 20)
+        .affinity()
+        .pods(&[lab.pod("a1")?, lab.pod("a2")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &["--max-flows", "4096"], [&web, &far, &sticky])?;
+    let _servers = cluster.servers(&["a1", "a2", "b1"])?;
+    let node = cluster.node("node-a")?.clone();
+    let outside = cluster.lab.host("client")?.clone();
+    let worker = outside.worker()?;
+    let mut steps = Steps::new();
+
+    let (mut open, mut affine, mut bursts) = (Vec::new(), Vec::new(), Vec::new());
+    for family in Family::BOTH {
+        let at = |port| SocketAddr::new(node.ip(family), port);
+        for (port, server) in [(NODE_PORT, "a1"), (NODE_PORT + 10, "b1")] {
+            let socket = worker.tcp_connect(at(port))?;
+            ensure!(worker.tcp_ask(socket.id, "hello")?.server == server);
+            open.push((socket.id, server));
+            bursts.push(worker.burst_start(BurstSpec::new(at(port)).concurrency(1).timeout_ms(10_000))?);
+        }
+        affine.push((at(NODE_PORT + 20), worker.ask_tcp(at(NODE_PORT + 20))?.server));
+    }
+    for (flows, entries) in [("8192", 16_384), ("1024", 2_048), ("4096", 8_192)] {
+        steps.step(&format!("--max-flows {flows}"), || {
+            cluster.start_agents(&["node-a"], &["--max-flows", flows])?;
+            let map = node
+                .command("bpftool")?
+                .args(["-j", "map", "show", "pinned"])
+                .arg(node.bpf_root().join("flow"));
+            let map: Value = serde_json::from_str(&map.run()?.success()?)?;
+            ensure!(map["max_entries"] == entries, "{map}");
+            for (id, server) in &open {
+                ensure!(worker.tcp_ask(*id, "still there")?.server == *server, "another server answers");
+            }
+            for (to, server) in &affine {
+                for _ in 0..4 {
+                    let answer = worker.ask_tcp(*to)?;
+                    ensure!(answer.server == *server, "{to}: {answer:?}, which was {server} before");
+                }
+            }
+            Ok(())
+        });
+    }
+    steps.step("connections that were made meanwhile", || {
+        for burst in bursts {
+            let report = worker.burst_stop(burst)?;
+            // One that is being made while the programs are exchanged can meet both tables: at most one of a burst
+            // that makes one at a time, each of the three times.
+            ensure!(report.ok > 50 && report.failures() <= 3, "{report:?}");
         }
         Ok(())
     });

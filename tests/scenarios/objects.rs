@@ -21,6 +21,7 @@ pub struct Service {
     external_policy: &'static str,
     source_ranges: Vec<String>,
     health_check_node_port: Option<u16>,
+    affinity: &'static str,
     endpoints: Vec<Endpoint>,
 }
 
@@ -79,8 +80,15 @@ impl Service {
             external_policy: "Cluster",
             source_ranges: Vec::new(),
             health_check_node_port: None,
+            affinity: "None",
             endpoints: Vec::new(),
         }
+    }
+
+    /// With session affinity by client address.
+    pub fn affinity(mut self) -> Self {
+        self.affinity = "ClientIP";
+        self
     }
 
     /// Its name.
@@ -214,6 +222,7 @@ impl Service {
             "ipFamilies": ["IPv4", "IPv6"],
             "ipFamilyPolicy": "RequireDualStack",
             "internalTrafficPolicy": self.internal_policy,
+            "sessionAffinity": self.affinity,
             "ports": self.ports.iter().map(Port::in_service).collect::<Vec<_>>(),
         });
         if self.kind.is_some() {

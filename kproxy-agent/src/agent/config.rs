@@ -9,6 +9,7 @@ use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
 use crate::{
     cli::{NodeArgs, RuleArgs, Scope, TableArgs},
     commands::UsageError,
+    flows::sizes,
     model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
     programs::Capacities,
 };
@@ -68,12 +69,16 @@ pub fn model(
 
 /// How much the maps hold.
 pub fn capacities(tables: &TableArgs) -> Capacities {
-    let TableArgs { max_frontends, max_backends, max_source_ranges } = *tables;
+    let TableArgs { max_frontends, max_backends, max_source_ranges, max_flows } = *tables;
     Capacities {
         frontends: max_frontends,
         backends: max_backends,
         source_ranges: max_source_ranges,
-        ..Capacities::default()
+        flows: match (max_flows, sizes::memory()) {
+            (0, Some(memory)) => sizes::automatic(memory),
+            (0, None) => Capacities::DEFAULT.flows,
+            (flows, _) => flows,
+        },
     }
 }
 

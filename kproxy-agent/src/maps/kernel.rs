@@ -1,6 +1,7 @@
 //! The kernel's maps: arrays through their memory, hash maps in batches.
 
 mod batch;
+mod carry;
 mod config;
 mod drops;
 mod flows;
@@ -32,6 +33,7 @@ use crate::plan::{Capacity, Word};
 
 pub use self::{
     batch::probe_batches,
+    carry::Carry,
     drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
     lookup::{FirstError, Lookup},

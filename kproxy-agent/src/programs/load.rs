@@ -13,6 +13,7 @@ use kproxy_common::{Address, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::pins::Pins;
+use crate::maps::kernel::{Carry, MapError};
 
 /// The compiled programs, `cargo xtask build` puts them here.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
@@ -26,7 +27,8 @@ pub struct Capacities {
     pub backends: u32,
     /// Prefixes of loadBalancerSourceRanges, for each frontend by itself.
     pub source_ranges: u32,
-    /// Flows of the packet path, in each of the two tables; also clients with session affinity.
+    /// Flows of the packet path: two entries each once they are established, one while they are opened; also clients
+    /// with session affinity.
     pub flows: u32,
 }
 
@@ -54,7 +56,8 @@ impl Capacities {
             }
             names::BACKEND => Some(self.backends),
             names::SOURCE_RANGE => Some(self.source_ranges),
-            names::AFFINITY | names::FLOW | names::FLOW_TRANSIENT => Some(self.flows),
+            names::FLOW => Some(self.flows.saturating_mul(2)),
+            names::AFFINITY | names::FLOW_TRANSIENT => Some(self.flows),
             _ => None,
         }
     }
@@ -138,6 +141,12 @@ impl Programs {
     /// These programs are attached: from now on their maps are found under the pins.
     pub fn maps_take_place(&mut self) -> Result<(), LoadError> {
         self.pins.as_mut().map_or(Ok(()), Pins::take_place)
+    }
+
+    /// Tables that programs write, whose capacity changes: what is in them is to be carried over.
+    pub fn carries(&self) -> Result<Vec<Carry>, MapError> {
+        let pins = self.pins.iter().flat_map(Pins::carried);
+        pins.map(|(name, old, new)| Carry::open(name, &old, &new)).collect()
     }
 
     /// Where a map of these programs is pinned by now.

@@ -13,7 +13,7 @@ use aya::maps::MapData;
 use kproxy_common::{LAYOUT_VERSION, map_names as names};
 
 use super::load::{Capacities, LoadError};
-use crate::maps::kernel::layout_version;
+use crate::maps::kernel::{Carry, layout_version};
 
 /// Below the bpffs folder: successors that are not in force yet.
 pub const NEXT: &str = "next";
@@ -66,6 +66,22 @@ impl Pins {
     /// Whether the tables of Services begin anew.
     pub fn replace_tables(&self) -> bool {
         TABLES.iter().any(|name| self.replaced.contains(name))
+    }
+
+    /// Tables that programs write and whose successors have the same layout: name, old pin, new pin.
+    pub fn carried(&self) -> Vec<(&'static str, PathBuf, PathBuf)> {
+        if layout_version(&self.root).is_some_and(|version| version != LAYOUT_VERSION) {
+            return Vec::new();
+        }
+        let is_same = |name: &str| {
+            let info = MapData::from_pin(self.root.join(name)).ok()?.info().ok()?;
+            Some(shape(name)? == (info.key_size(), info.value_size()))
+        };
+        let carried = Carry::TABLES.into_iter().filter(|name| self.replaced.contains(name));
+        carried
+            .filter(|name| is_same(name) == Some(true))
+            .map(|name| (name, self.root.join(name), self.path(name)))
+            .collect()
     }
 
     /// The new programs are in force: their maps take the places of the old ones.
