@@ -72,7 +72,8 @@ impl Address {
     /// `::` or `::ffff:0.0.0.0`: the key under which NodePorts of this address's family are found.
     #[inline(always)]
     pub fn any_of_family(&self) -> Self {
-        if self.is_v4() { Self::UNSPECIFIED_V4 } else { Self::UNSPECIFIED }
+        // Of words: a constant is copied from memory, octet by octet.
+        Self::from_words([0, 0, if self.is_v4() { 0xffff_u32.to_be() } else { 0 }, 0])
     }
 
     /// Whether this is the unspecified address of its family.

@@ -5,8 +5,8 @@
 //! The rules are kube-proxy's (`pkg/proxy` of Kubernetes), read for one connection.
 
 use crate::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, FrontendKey,
-    Location, Mode, Options, Protocol, Reason, ServiceIdentity, Side,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
+    Protocol, Reason, ServiceIdentity, Side,
 };
 
 /// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
@@ -131,13 +131,6 @@ pub struct Choice {
     pub slot: u32,
 }
 
-impl Choice {
-    const EMPTY: Self = Self {
-        backend: Backend::new(Address::UNSPECIFIED, 0, Location::Remote, BackendState::Ready, 0, 0),
-        slot: 0,
-    };
-}
-
 /// Finds the frontend that `connection` asks for, and what it does for this client.
 #[inline(always)]
 pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
@@ -193,11 +186,15 @@ pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
 /// the set in force; else the one that `pick`, uniform over all 32-bit numbers, falls on.
 #[inline(always)]
 pub fn choose<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
-    if balance.side.has(Options::AFFINITY) {
-        let mut choice = Choice::EMPTY;
-        return choose_with_affinity(tables, balance, client, pick, &mut choice).then_some(choice);
-    }
-    spread(tables, balance, pick)
+    let slot = if balance.side.has(Options::AFFINITY) {
+        // Copies: a function that is called with pointers to the caller's own values keeps them in memory, and what
+        // is known of them at compile time unused.
+        let (balance, client) = (*balance, affinity_client(client));
+        u32::try_from(slot_by_affinity(tables, &balance, &client, pick)).ok()?
+    } else {
+        spread(balance, pick)
+    };
+    Some(Choice { backend: tables.backend(slot)?, slot })
 }
 
 /// Whether the backend at `address` and `port` still serves the Service port `service` behind frontend
@@ -271,33 +268,27 @@ fn not_a_frontend<T: Tables>(tables: &T, destination: &Address, kind: Option<Add
 }
 
 #[inline(always)]
-fn spread<T: Tables>(tables: &T, balance: &Balance, pick: u32) -> Option<Choice> {
+fn spread(balance: &Balance, pick: u32) -> u32 {
     let offset = (u64::from(pick) * u64::from(balance.side.count())) >> 32;
-    let slot = balance.side.first_slot().wrapping_add(offset as u32);
-    Some(Choice { backend: tables.backend(slot)?, slot })
+    balance.side.first_slot().wrapping_add(offset as u32)
 }
 
-/// Writes the choice into `choice`; whether there is one. A function of its own, so that its stack is not needed
-/// at the same time as its callers'; and no type with data in its signature but structures, since BTF knows no
-/// others.
+/// The slot of the backend that this client went to last, or of another that it is bound to from now on; beyond 32
+/// bits where there is none. `client` is the key without its Service. A function of its own, so that its stack is
+/// not needed at the same time as its callers'; and no type with data in its signature but structures, since BTF
+/// knows no others.
 #[inline(never)]
-fn choose_with_affinity<T: Tables>(
-    tables: &T,
-    balance: &Balance,
-    client: &Client,
-    pick: u32,
-    choice: &mut Choice,
-) -> bool {
+fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityKey, pick: u32) -> u64 {
     let Some(identity) = tables.identity(balance.number) else {
-        return false;
+        return u64::MAX;
     };
     let service = identity.service();
-    let key = affinity_key(client, service);
+    let key = AffinityKey { service, ..*client };
     let now = tables.now();
     let mut keep = false;
     // One value for what was read and what is written: two do not fit beside a caller's stack.
     let mut value =
-        AffinityValue { address: client.address, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
+        AffinityValue { address: key.client, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
     if let Some(last) = tables.affinity(&key) {
         value = last;
     }
@@ -315,45 +306,44 @@ fn choose_with_affinity<T: Tables>(
             count: block.in_sets(),
         };
         if let Some(slot) = tables.locate(&wanted)
-            && let Some(backend) = tables.backend(slot)
-            && backend.joined() == value.joined
+            && tables.backend(slot).is_some_and(|backend| backend.joined() == value.joined)
         {
             let in_force = slot.wrapping_sub(balance.side.first_slot()) < u32::from(balance.side.count());
             if in_force {
                 value.slot = slot;
                 value.last_used = now;
                 tables.remember(&key, &value);
-                *choice = Choice { backend, slot };
-                return true;
+                return u64::from(slot);
             }
             // Only in the set of the other side: passed over, not forgotten.
             keep = true;
         }
     }
-    let Some(spread) = spread(tables, balance, pick) else {
-        return false;
+    let slot = spread(balance, pick);
+    let Some(backend) = tables.backend(slot) else {
+        return u64::MAX;
     };
-    *choice = spread;
     if !keep {
-        value.address = choice.backend.address();
-        value.port = u32::from(choice.backend.port());
-        value.joined = choice.backend.joined();
+        value.address = backend.address();
+        value.port = u32::from(backend.port());
+        value.joined = backend.joined();
         value.service = service;
-        value.slot = choice.slot;
+        value.slot = slot;
         value.last_used = now;
         tables.remember(&key, &value);
     }
-    true
+    u64::from(slot)
 }
 
+/// The client as `affinity` knows it, without the Service.
 #[inline(always)]
-fn affinity_key(client: &Client, service: u32) -> AffinityKey {
+fn affinity_client(client: &Client) -> AffinityKey {
     if client.netns_cookie != 0 {
         let cookie = client.netns_cookie;
         let address = Address::from_words([0, 0, (cookie >> 32) as u32, cookie as u32]);
-        return AffinityKey { client: address, service, by_namespace: 1 };
+        return AffinityKey { client: address, service: 0, by_namespace: 1 };
     }
-    AffinityKey { client: client.address, service, by_namespace: 0 }
+    AffinityKey { client: client.address, service: 0, by_namespace: 0 }
 }
 
 /// The slot in which the backend stands now. The hint makes it one read in nearly every case: slots move only

@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::BPF_RB_NO_WAKEUP,
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
 };
-use kproxy_common::{Address, Connection, DropEvent, DropPath, PacketMeta};
+use kproxy_common::{Address, DropEvent, DropPath, PacketMeta, Protocol, Reason};
 
 use crate::maps;
 
@@ -22,17 +22,29 @@ pub fn packet(packet: &PacketMeta, device: u32, reason: u32, refused: u32) {
     });
 }
 
-/// A socket call that is refused; `reason` as a number.
+/// A socket call to `destination` that is refused.
+#[inline(always)]
+pub fn socket(destination: &Address, port: u16, protocol: Protocol, reason: Reason) {
+    let [a, b, c, d] = destination.words();
+    socket_event(
+        u64::from(a) << 32 | u64::from(b),
+        u64::from(c) << 32 | u64::from(d),
+        u64::from(port) << 16 | u64::from(protocol as u8) << 8 | u64::from(reason as u8),
+    );
+}
+
+/// The same, from words: what is handed on by a pointer would be kept in memory by the caller, on all of its ways.
 #[inline(never)]
-pub fn socket(connection: &Connection, reason: u32) {
+fn socket_event(high: u64, low: u64, port_protocol_reason: u64) {
     let Some(now) = listened_to() else {
         return;
     };
+    let reason = u32::from(port_protocol_reason as u8);
     write(DropPath::Socket, now, reason, |event| {
-        event.source = connection.client.address;
-        event.destination = connection.destination;
-        event.destination_port = connection.port;
-        event.protocol = connection.protocol as u8;
+        event.destination =
+            Address::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+        event.destination_port = (port_protocol_reason >> 16) as u16;
+        event.protocol = (port_protocol_reason >> 8) as u8;
         event.refused = 1;
     });
 }

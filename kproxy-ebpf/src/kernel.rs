@@ -39,8 +39,10 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn address(&self, address: &Address) -> Option<AddressKind> {
+        // A copy: what a helper is given a pointer to stays in memory, and with it all that it is part of.
+        let address = Address::from_words(address.words());
         // SAFETY: as for `frontend`.
-        unsafe { maps::ADDRESS.get(address) }.map(|entry| entry.kind())
+        unsafe { maps::ADDRESS.get(&address) }.map(|entry| entry.kind())
     }
 
     #[inline(always)]

@@ -217,9 +217,10 @@ fn connect(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    match socket_connection(&Kernel, &connection, None, random) {
-        SocketVerdict::Leave { reason, number } => {
-            leave(reason, number);
+    let verdict = socket_connection(&Kernel, &connection, None, random);
+    count(&verdict);
+    match verdict {
+        SocketVerdict::Leave { .. } => {
             // What was said through an earlier connect of this socket no longer stands.
             if let Some(records) = call.records() {
                 records.clear();
@@ -227,8 +228,7 @@ fn connect(call: &impl Call) -> i32 {
             GO_ON
         }
         SocketVerdict::Refuse { reason } => {
-            count_reason(reason);
-            drops::socket(&connection, reason as u32);
+            tell(&connection, reason);
             if set_refused() {
                 return FAIL;
             }
@@ -237,8 +237,6 @@ fn connect(call: &impl Call) -> i32 {
             GO_ON
         }
         SocketVerdict::Translate { record, fresh: _ } => {
-            Kernel.count(record.number, true);
-            count_reason(Reason::Forwarded);
             let peer_wanted = Kernel.config().is_some_and(|config| config.remember_peer != 0);
             if (peer_wanted || matches!(connection.protocol, Protocol::Udp))
                 && let Some(records) = call.records_or_new()
@@ -256,27 +254,22 @@ fn sendmsg(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    match socket_connection(&Kernel, &connection, call.records(), random) {
-        SocketVerdict::Leave { reason, number } => {
-            leave(reason, number);
-            GO_ON
-        }
+    let verdict = socket_connection(&Kernel, &connection, call.records(), random);
+    count(&verdict);
+    match verdict {
+        SocketVerdict::Leave { .. } => GO_ON,
         SocketVerdict::Refuse { reason } => {
-            count_reason(reason);
-            drops::socket(&connection, reason as u32);
+            tell(&connection, reason);
             // Without bpf_set_retval the datagram fails with EPERM: nothing else stops it on such kernels.
             set_refused();
             FAIL
         }
         SocketVerdict::Translate { record, fresh } => {
-            if fresh {
-                Kernel.count(record.number, true);
-                count_reason(Reason::Forwarded);
-                if let Some(records) = call.records_or_new()
-                    && let Some(evicted) = records.insert(record)
-                {
-                    overflow(call, &evicted);
-                }
+            if fresh
+                && let Some(records) = call.records_or_new()
+                && let Some(evicted) = records.insert(record)
+            {
+                overflow(call, &evicted);
             }
             call.set(&record.backend_address, record.backend_port);
             GO_ON
@@ -306,12 +299,27 @@ fn translate_back(call: &impl Call) -> i32 {
     GO_ON
 }
 
+/// Counts what is new: by its reason, and a connection or flow for its frontend. In one place for all verdicts, so
+/// that a program has the code once.
 #[inline(always)]
-fn leave(reason: Reason, number: Option<u32>) {
+fn count(verdict: &SocketVerdict) {
+    let (reason, number) = match *verdict {
+        SocketVerdict::Leave { reason, number } => (reason, number),
+        SocketVerdict::Refuse { reason } => (reason, None),
+        SocketVerdict::Translate { record, fresh: true } => (Reason::Forwarded, Some(record.number)),
+        SocketVerdict::Translate { .. } => return,
+    };
     count_reason(reason);
-    if let (Reason::PassThrough, Some(number)) = (reason, number) {
-        Kernel.count(number, false);
+    if let (Reason::PassThrough | Reason::Forwarded, Some(number)) = (reason, number) {
+        Kernel.count(number, matches!(reason, Reason::Forwarded));
     }
+}
+
+/// Tells whoever listens of a refusal.
+#[inline(always)]
+fn tell(connection: &Connection, reason: Reason) {
+    let Connection { destination, port, protocol, client: _ } = connection;
+    drops::socket(destination, *port, *protocol, reason);
 }
 
 #[inline(always)]
