@@ -1,10 +1,18 @@
 //! Properties of the model over random histories: the way to a state does not matter, a second and naive
 //! reading of the rules allows the same backends, and no input makes it panic.
 
+#[path = "model_properties/affine.rs"]
+mod affine;
+#[path = "model_properties/decision.rs"]
+mod decision;
 #[path = "model_properties/generate.rs"]
 mod generate;
+#[path = "model_properties/kernel.rs"]
+mod kernel;
 #[path = "model_properties/naive.rs"]
 mod naive;
+#[path = "model_properties/verdict.rs"]
+mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +28,7 @@ fn runs(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(runs(1_500))]
+    #![proptest_config(runs(10_000))]
 
     /// Incremental equals from scratch, after any sequence of events, in any order; and whoever follows the
     /// updates knows what the model knows.
@@ -104,7 +112,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(runs(300))]
+    #![proptest_config(runs(1_000))]
 
     /// Wild values, of any text and number, make no panic, and nothing that the tables could not hold.
     #[test]

@@ -32,6 +32,11 @@ impl<'a> View<'a> {
         View { tables, config: self.config, affinity: self.affinity, now: self.now }
     }
 
+    /// The same with another configuration.
+    pub fn with_config(self, config: Config) -> Self {
+        Self { config, ..self }
+    }
+
     /// Sets the clock, in nanoseconds since boot.
     pub fn set_now(&self, now: u64) {
         self.now.set(now);

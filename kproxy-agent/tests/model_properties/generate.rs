@@ -40,7 +40,7 @@ pub struct World {
     pub services: BTreeMap<ServiceKey, Service>,
     pub slices: BTreeMap<ServiceKey, EndpointSlice>,
     pub node: Option<Node>,
-    service_cidrs: BTreeMap<String, ServiceCIDR>,
+    pub service_cidrs: BTreeMap<String, ServiceCIDR>,
     local: Option<BTreeSet<Address>>,
 }
 

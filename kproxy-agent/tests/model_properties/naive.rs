@@ -12,17 +12,21 @@ use kproxy_common::{Address, FrontendKey, FrontendKind, Mode, Options, Protocol}
 
 use crate::generate::{EXTRA_ANNOTATION, NODE, World};
 
-type Backends = BTreeSet<(Address, u16)>;
+pub type Backends = BTreeSet<(Address, u16)>;
 
 /// What a frontend should do.
 pub struct Frontend {
     pub service: ServiceKey,
     pub kind: FrontendKind,
+    /// The name of its port.
+    pub port: String,
     pub inside: Side,
     pub outside: Side,
     pub affinity_timeout: u32,
     /// Every backend that is ready or serving.
     pub serving: Backends,
+    /// Those that are on this node.
+    pub here: Backends,
     /// Whether a client may use it.
     pub lets_in: Box<dyn Fn(&Address) -> bool>,
     /// Whether the node itself may, as one of its own addresses.
@@ -76,6 +80,17 @@ pub fn health_checks(config: &NodeConfig, world: &World) -> BTreeMap<ServiceKey,
         taken.extend(asked.into_iter().map(|(_, frontend)| frontend));
     }
     found
+}
+
+/// Every ClusterIP, the oldest claim to it first, and whether its Service is ours or another proxy's.
+pub fn addresses_by_age(world: &World) -> Vec<(Address, bool)> {
+    let claims = by_age(world).into_iter().flat_map(|(_, service)| {
+        let is_ours = service.metadata.labels.as_ref().is_none_or(|labels| labels.is_empty());
+        let mut as_if_ours = service.clone();
+        as_if_ours.metadata.labels = None;
+        served_ips(&as_if_ours).into_iter().map(move |ip| (ip, is_ours))
+    });
+    claims.collect()
 }
 
 fn by_age(world: &World) -> Vec<(&ServiceKey, &Service)> {
@@ -266,6 +281,8 @@ fn decide(
         _ if external => (to(false, 0), to(true, 0)),
         _ => (to(false, 0), to(false, Options::MASQUERADE_REMOTE)),
     };
+    let is_here = |endpoint: &Endpoint| endpoint.node_name.as_deref() == Some(NODE);
+    let here = endpoints.iter().filter(|(_, endpoint)| is_here(endpoint)).map(|(at, _)| *at).collect();
     let serving = endpoints.iter().filter(|(_, e)| ready(e) || serving(e)).map(|(at, _)| *at).collect();
     let is_restricted = kind == FrontendKind::LoadBalancer && !passes;
     let family = frontend.address();
@@ -277,6 +294,7 @@ fn decide(
     Frontend {
         service: key.clone(),
         kind,
+        port: port_name.to_owned(),
         inside,
         outside,
         affinity_timeout: match (affinity, timeout) {
@@ -285,6 +303,7 @@ fn decide(
             (true, _) => 10_800,
         },
         serving,
+        here,
         lets_in,
         lets_host_in,
     }
@@ -403,7 +422,7 @@ fn lets_in(
     Box::new(move |client| within(client) || load_balancers.contains(client))
 }
 
-fn node_addresses(config: &NodeConfig, world: &World, is_v4: bool) -> Vec<Address> {
+pub fn node_addresses(config: &NodeConfig, world: &World, is_v4: bool) -> Vec<Address> {
     let given = config.node_addresses.iter().copied();
     let given: Vec<_> = given.filter(|ip| ip.is_v4() == is_v4 && !ip.is_loopback()).collect();
     if !given.is_empty() {

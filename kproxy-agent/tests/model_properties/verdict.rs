@@ -1,0 +1,192 @@
+//! The naive reading goes on: what becomes of one connection, and which backend it goes to while a client stays.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use kproxy::model::{NodeConfig, NodePortAddresses};
+use kproxy::wanted::ServiceKey;
+use kproxy_common::{Address, ClientKind, FrontendKey, FrontendKind, Mode, Protocol};
+
+use crate::generate::World;
+use crate::naive::{Backends, Frontend, addresses_by_age, node_addresses};
+
+/// A connection, by a client whose packets come in where such clients live.
+#[derive(Clone, Copy, Debug)]
+pub struct Question {
+    pub behind: ClientKind,
+    pub client: Address,
+    pub destination: Address,
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+/// What should become of it.
+pub enum Verdict<'a> {
+    Pass,
+    Reject,
+    Drop,
+    Forward(&'a Frontend, &'a Backends),
+}
+
+impl std::fmt::Debug for Verdict<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pass => f.write_str("Pass"),
+            Self::Reject => f.write_str("Reject"),
+            Self::Drop => f.write_str("Drop"),
+            Self::Forward(frontend, allowed) => write!(f, "Forward to {allowed:?} of {}", frontend.service),
+        }
+    }
+}
+
+/// What the rules say of `question`, where these are the frontends.
+pub fn verdict<'a>(
+    config: &NodeConfig,
+    world: &World,
+    frontends: &'a BTreeMap<FrontendKey, Frontend>,
+    question: &Question,
+) -> Verdict<'a> {
+    let Question { client, destination, port, protocol, .. } = question;
+    let kind = kind(config, question);
+    let exact = frontends.get(&FrontendKey::new(*destination, *port, *protocol));
+    let node_port = || {
+        let is_loopback = destination.is_loopback() && kind == ClientKind::Host;
+        let key = FrontendKey::node_port(destination, *port, *protocol);
+        frontends.get(&key).filter(|_| is_loopback || answers_node_ports(config, world, destination))
+    };
+    let Some(frontend) = exact.or_else(node_port) else {
+        return without_frontend(config, world, destination);
+    };
+    let is_outside = kind == ClientKind::Outside;
+    let side = if is_outside { &frontend.outside } else { &frontend.inside };
+    let is_passed = match side.mode {
+        Mode::PassThrough | Mode::LocalAddress => true,
+        Mode::PassThroughPods => kind != ClientKind::Host,
+        Mode::PassThroughHost => kind != ClientKind::Pod,
+        _ => false,
+    };
+    let lets_in = if kind == ClientKind::Host { frontend.lets_host_in } else { (frontend.lets_in)(client) };
+    match (is_passed, lets_in, side.backends.is_empty()) {
+        (true, ..) => Verdict::Pass,
+        (false, false, _) => Verdict::Drop,
+        (false, true, false) => Verdict::Forward(frontend, &side.backends),
+        (false, true, true) if side.mode == Mode::Drop => Verdict::Drop,
+        (false, true, true) => Verdict::Reject,
+    }
+}
+
+/// Whether the backend sees the node instead of the client.
+pub fn is_masked(config: &NodeConfig, frontend: &Frontend, question: &Question, is_local: bool) -> bool {
+    let is_cluster_ip = frontend.kind == FrontendKind::ClusterIp;
+    // The only --cluster-cidr here is one of IPv4.
+    let knows_inside = !config.cluster_cidrs.is_empty() && question.client.is_v4();
+    let is_stranger = kind(config, question) == ClientKind::Outside;
+    (question.behind == ClientKind::Outside && !is_local)
+        || (is_cluster_ip && config.masquerade_all)
+        || (is_cluster_ip && knows_inside && is_stranger)
+}
+
+/// What the client is to the rules.
+pub fn kind(config: &NodeConfig, question: &Question) -> ClientKind {
+    let pods: ipnet::IpNet = "10.244.0.0/16".parse().unwrap();
+    let is_pod = !config.cluster_cidrs.is_empty() && pods.contains(&IpAddr::from(question.client));
+    if question.behind == ClientKind::Outside && is_pod { ClientKind::Pod } else { question.behind }
+}
+
+fn without_frontend<'a>(config: &NodeConfig, world: &World, destination: &Address) -> Verdict<'a> {
+    if let Some((_, is_ours)) = addresses_by_age(world).into_iter().find(|(ip, _)| ip == destination) {
+        let stands_here = world.local(config).contains(destination);
+        return if is_ours && !stands_here { Verdict::Reject } else { Verdict::Pass };
+    }
+    if answers_node_ports(config, world, destination) {
+        return match in_service_cidr(config, world, destination) {
+            true => Verdict::Drop,
+            false => Verdict::Pass,
+        };
+    }
+    if in_service_cidr(config, world, destination) { Verdict::Drop } else { Verdict::Pass }
+}
+
+fn in_service_cidr(config: &NodeConfig, world: &World, destination: &Address) -> bool {
+    let ip = IpAddr::from(*destination);
+    if !config.service_cidrs.is_empty() {
+        // The only --service-cidr here.
+        let flag: ipnet::IpNet = "10.96.0.0/16".parse().unwrap();
+        return flag.contains(&ip);
+    }
+    let texts = world.service_cidrs.values().flat_map(|object| object.spec.iter());
+    let texts = texts.flat_map(|spec| spec.cidrs.iter().flatten());
+    texts.filter_map(|text| text.parse::<ipnet::IpNet>().ok()).any(|cidr| cidr.contains(&ip))
+}
+
+fn answers_node_ports(config: &NodeConfig, world: &World, destination: &Address) -> bool {
+    let is_v4 = destination.is_v4();
+    let is_local = world.local(config).contains(destination);
+    let own = node_addresses(config, world, is_v4);
+    let is_named = match &config.nodeport_addresses {
+        NodePortAddresses::Primary if own.is_empty() => is_local,
+        NodePortAddresses::Primary => own.contains(destination),
+        // The only CIDR here.
+        NodePortAddresses::Cidrs(_) if is_v4 => {
+            let cidr: ipnet::IpNet = "10.0.0.0/30".parse().unwrap();
+            is_local && cidr.contains(&IpAddr::from(*destination))
+        }
+        NodePortAddresses::Cidrs(_) => is_local,
+    };
+    let is_cluster_ip = addresses_by_age(world).iter().any(|(ip, _)| ip == destination);
+    is_named && !destination.is_loopback() && !is_cluster_ip
+}
+
+/// A Service port in one family.
+type Port = (ServiceKey, String, Protocol, bool);
+
+/// Where clients went last, and when: by client and Service port.
+#[derive(Default)]
+pub struct Affinity(BTreeMap<(Address, Port), ((Address, u16), u64)>);
+
+impl Affinity {
+    /// The tables have changed: whoever's backend has left every set of its port is free.
+    pub fn keep(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) {
+        self.0.retain(|(_, port), (backend, _)| {
+            frontends.iter().any(|(key, frontend)| {
+                let is_in =
+                    frontend.inside.backends.contains(backend) || frontend.outside.backends.contains(backend);
+                *port == port_of(key, frontend) && frontend.affinity_timeout > 0 && is_in
+            })
+        });
+    }
+
+    /// Where the client stays at the second `now`, if these are the backends that are allowed; `None`: it goes where
+    /// the dice send it, to `picked`. From then on it stays there, unless it has another that is not allowed here.
+    pub fn stays(
+        &mut self,
+        (key, frontend): (&FrontendKey, &Frontend),
+        allowed: &Backends,
+        client: Address,
+        picked: (Address, u16),
+        now: u64,
+    ) -> Option<(Address, u16)> {
+        if frontend.affinity_timeout == 0 {
+            return None;
+        }
+        let entry = (client, port_of(key, frontend));
+        match self.0.get_mut(&entry) {
+            Some((backend, last)) if now - *last <= u64::from(frontend.affinity_timeout) => {
+                // In no set of this side it is passed over, not forgotten.
+                let stays = allowed.contains(backend);
+                if stays {
+                    *last = now;
+                }
+                stays.then_some(*backend)
+            }
+            _ => {
+                self.0.insert(entry, (picked, now));
+                None
+            }
+        }
+    }
+}
+
+fn port_of(key: &FrontendKey, frontend: &Frontend) -> Port {
+    (frontend.service.clone(), frontend.port.clone(), key.protocol(), key.address().is_v4())
+}
