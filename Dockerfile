@@ -7,8 +7,10 @@ WORKDIR /src
 COPY . .
 RUN cargo --locked xtask build --release
 
-# The same Debian, for the same libc. The binary carries its programs and needs nothing else.
+# The same Debian, for the same libc. The binary carries its programs. The tools of the firewall tell of forward chains
+# that drop, and of what a kube-proxy left.
 FROM debian:bookworm-slim
+RUN apt-get update && apt-get install --yes --no-install-recommends iptables nftables && rm -rf /var/lib/apt/lists/*
 COPY --from=build /src/target/release/kproxy /usr/local/bin/kproxy
 ENTRYPOINT ["kproxy"]
 CMD ["agent"]

@@ -2,10 +2,12 @@
 //! one event after the other; sources and devices are tasks of their own.
 
 pub(crate) mod config;
+mod conntrack;
 mod flows;
 mod health_checks;
 mod host;
 mod measures;
+mod surroundings;
 mod sync;
 mod telemetry;
 
@@ -34,8 +36,19 @@ use crate::{
 };
 use flows::FlowCare;
 use health_checks::HealthChecks;
+pub(crate) use host::net_sysctls;
+pub(crate) use surroundings::has_kube_ipvs0;
 use sync::Syncer;
 use telemetry::Telemetry;
+
+/// The ports that clients are masked with: the first, and how many.
+pub(crate) const MASK_PORTS: (u32, u32) = (config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
+
+/// Whether these, as `ip_local_reserved_ports` lists them, are reserved.
+pub(crate) fn reserved_ports_cover(reserved: &str) -> bool {
+    let (first, count) = MASK_PORTS;
+    host::covers(reserved, first, first + count - 1)
+}
 
 /// Runs the agent until it is told to stop. The dataplane stays.
 pub fn run(common: &Common, args: &AgentArgs) -> Result<()> {
@@ -72,6 +85,9 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         tracing::warn!("the maps held what does not fit together, and it is written anew: {problem}");
     }
     host::reserve_ports(config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
+    if !args.rules.disable_conntrack_sysctls {
+        conntrack::set_sysctls(net_sysctls());
+    }
 
     let (sender, mut device_events) = mpsc::channel(4);
     let mut watcher = tokio::spawn(devices::watch(sender));
@@ -84,6 +100,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         Some(connection) => Events::start(kubernetes::Recorder::new(connection, &node_name), &node_name),
         None => Events::none(),
     };
+    surroundings::look(&events);
     let telemetry = Telemetry::start(args, &node_name, root, &events)?;
     let mut agent = Agent {
         args,

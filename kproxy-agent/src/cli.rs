@@ -171,12 +171,18 @@ pub struct NodeArgs {
 
 #[derive(Args, Clone, Debug)]
 pub struct RuleArgs {
+    /// Mask the client of every connection to a ClusterIP
+    #[arg(long, env = "KPROXY_MASQUERADE_ALL")]
+    pub masquerade_all: bool,
     /// Do not serve spec.externalIPs
     #[arg(long, env = "KPROXY_DISABLE_EXTERNAL_IPS")]
     pub disable_external_ips: bool,
     /// NodePorts do not answer on loopback addresses
     #[arg(long, env = "KPROXY_DISABLE_LOOPBACK_NODEPORTS")]
     pub disable_loopback_nodeports: bool,
+    /// Leave the sysctls of conntrack as they are
+    #[arg(long, env = "KPROXY_DISABLE_CONNTRACK_SYSCTLS")]
+    pub disable_conntrack_sysctls: bool,
     /// Pass through load-balancer addresses that no annotation and no ipMode decides about
     #[arg(long, env = "KPROXY_PASS_THROUGH_DEFAULT")]
     pub pass_through_default: bool,

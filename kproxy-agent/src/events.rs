@@ -85,6 +85,12 @@ reasons! {
     FailedToWrite = "FailedToWrite", "Serve", Node;
     /// The `healthCheckNodePort` cannot be bound; called as kube-proxy calls it.
     FailedToStartServiceHealthcheck = "FailedToStartServiceHealthcheck", "Listen", Node;
+    /// A forward chain drops what no rule accepts.
+    ForwardPolicyDrop = "ForwardPolicyDrop", "StartKproxy", Node;
+    /// Rules of a kube-proxy are on the node.
+    KubeProxyLeftovers = "KubeProxyLeftovers", "StartKproxy", Node;
+    /// The interface that IPVS mode puts addresses on is there.
+    KubeIpvs0 = "KubeIpvs0", "StartKproxy", Node;
     /// `/healthz` cannot be served; called as kube-proxy calls it.
     FailedToStartProxierHealthcheck = "FailedToStartProxierHealthcheck", "StartKproxy", Node;
     /// `/metrics` cannot be served; called as kube-proxy calls it.

@@ -8,6 +8,7 @@ pub mod commands;
 pub mod devices;
 pub mod events;
 pub mod explain;
+pub mod firewall;
 pub mod flows;
 pub mod maps;
 pub mod model;

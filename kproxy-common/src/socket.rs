@@ -2,7 +2,8 @@
 //! process. The reverse translation lives with the socket, where nothing can evict it.
 
 use crate::{
-    Address, Choice, Connection, Protocol, Reason, Resolution, Tables, choose, resolve, still_serves,
+    Address, Choice, ClientKind, Connection, Options, Protocol, Reason, Resolution, Tables, choose, resolve,
+    still_serves,
 };
 
 /// How many services one socket can speak to before the oldest record moves to `socket_overflow`.
@@ -228,6 +229,10 @@ pub fn socket_connection<T: Tables>(
         Resolution::Drop { reason, .. } => return SocketVerdict::Leave { reason, number: None },
         Resolution::Reject { reason, .. } => return SocketVerdict::Refuse { reason },
     };
+    // A pod that is to be masked is so where its packets leave it. The host's own address is the node's already.
+    if balance.side.has(Options::MASQUERADE) && matches!(connection.client.kind, ClientKind::Pod) {
+        return SocketVerdict::Leave { reason: Reason::LeftToPackets, number: None };
+    }
     if let Some(records) = records
         && let Some(record) = records.for_service(&connection.destination, connection.port)
         && let Some(record) = continued(tables, balance.number, record)

@@ -20,6 +20,7 @@ mod kubernetes;
 mod like_kube_proxy;
 mod live;
 mod metrics;
+mod node;
 mod objects;
 mod packets;
 mod pass_through;
@@ -66,6 +67,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, devices::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),
+    (kproxy, node::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
     (kproxy_and_kubernetes, events::SCENARIOS),
     (kproxy_and_kube_proxy, like_kube_proxy::SCENARIOS),

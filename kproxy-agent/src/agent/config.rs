@@ -40,8 +40,10 @@ pub fn model(
     local_addresses: BTreeSet<Address>,
 ) -> Result<NodeConfig> {
     let RuleArgs {
+        masquerade_all,
         disable_external_ips,
         disable_loopback_nodeports: _,
+        disable_conntrack_sysctls: _,
         pass_through_default,
         pass_through_scope,
         pass_through_annotation,
@@ -52,7 +54,7 @@ pub fn model(
         cluster_cidrs: cidrs("--cluster-cidr", &node.cluster_cidr)?,
         service_cidrs: cidrs("--service-cidr", &node.service_cidr)?,
         nodeport_addresses: nodeport_addresses(&node.nodeport_addresses)?,
-        masquerade_all: false,
+        masquerade_all: *masquerade_all,
         disable_external_ips: *disable_external_ips,
         pass_through: PassThroughConfig {
             default: *pass_through_default,

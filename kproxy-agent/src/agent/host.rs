@@ -1,10 +1,18 @@
 //! What the agent sets on the host beside its maps and programs.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
-const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+/// Where a container finds the host's: runtimes make `/proc/sys` of one that is not privileged read-only.
+const MOUNTED: &str = "/host/proc/sys/net";
+const NET: &str = "/proc/sys/net";
+
+/// The folder of this network namespace's sysctls, the one that can be written if there are two.
+pub fn net_sysctls() -> &'static Path {
+    let mounted = Path::new(MOUNTED);
+    if mounted.join("ipv4").is_dir() { mounted } else { Path::new(NET) }
+}
 
 /// Kernels before 5.11 count BPF memory against this limit.
 pub fn lift_memory_limit() {
@@ -17,24 +25,26 @@ pub fn lift_memory_limit() {
 /// `ip_local_reserved_ports`).
 pub fn reserve_ports(first: u32, count: u32) {
     let range = format!("{first}-{}", first + count - 1);
-    let result = fs::read_to_string(RESERVED_PORTS).and_then(|reserved| {
+    let path = net_sysctls().join("ipv4/ip_local_reserved_ports");
+    let result = fs::read_to_string(&path).and_then(|reserved| {
         let reserved = reserved.trim();
         if covers(reserved, first, first + count - 1) {
             return Ok(());
         }
         let all = if reserved.is_empty() { range.clone() } else { format!("{reserved},{range}") };
-        fs::write(RESERVED_PORTS, all)
+        fs::write(&path, all)
     });
     if let Err(error) = result {
         tracing::warn!(
-            "cannot reserve the ports {range} for masking ({RESERVED_PORTS}: {error}): a socket of this host that is \
-             given one of them can lose answers to a masked client; add them with sysctl"
+            "cannot reserve the ports {range} for masking ({}: {error}): a socket of this host that is given one of \
+             them can lose answers to a masked client; add them with sysctl",
+            path.display()
         );
     }
 }
 
 /// Whether one range of `reserved` (`8080,9148-9150`) holds all of `first` to `last`.
-fn covers(reserved: &str, first: u32, last: u32) -> bool {
+pub fn covers(reserved: &str, first: u32, last: u32) -> bool {
     reserved.split(',').any(|range| {
         let (low, high) = range.split_once('-').unwrap_or((range, range));
         match (low.trim().parse::<u32>(), high.trim().parse::<u32>()) {

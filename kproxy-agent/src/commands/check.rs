@@ -1,6 +1,8 @@
 //! `kproxy check`: can this node run kproxy; what is missing, and what that costs.
 
-use std::{fs, path::Path, process::Command};
+mod node;
+
+use std::{fs, path::Path};
 
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -9,7 +11,7 @@ use super::print;
 use crate::{
     cli::{CheckArgs, Common},
     maps::kernel::probe_batches,
-    node,
+    node::cgroup_root,
     programs::{self, Capacities, Programs, has_set_retval, has_tcx, namespace_cookie},
 };
 
@@ -58,9 +60,12 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         tcx(),
         batches(),
         netns_cookie(),
-        kube_proxy(),
-        ipvs(),
-        forward_policy(),
+        node::kube_proxy(),
+        node::ipvs(),
+        node::forward_policy(),
+        node::bridges(),
+        node::reserved_ports(),
+        node::forwarding(),
     ];
     let failed = checks.iter().filter(|finding| finding.status == Status::Failed).count();
     print::print(&Report { checks, programs }, args.output, text)?;
@@ -141,7 +146,7 @@ fn bpffs(root: &Path) -> Finding {
 fn cgroup(given: Option<&Path>) -> Finding {
     from_result(
         "cgroup v2",
-        node::cgroup_root(given).map(|path| format!("serves the processes of {}", path.display())),
+        cgroup_root(given).map(|path| format!("serves the processes of {}", path.display())),
     )
 }
 
@@ -208,50 +213,4 @@ fn netns_cookie() -> Finding {
         }
         Err(error) => finding("network namespace", Status::Failed, format!("cannot be told: {error}")),
     }
-}
-
-/// kube-proxy's rules translate what kproxy leaves alone, pass-through addresses above all.
-fn kube_proxy() -> Finding {
-    let check = "kube-proxy";
-    let rules = output("nft", &["list", "tables"]);
-    let legacy = output("iptables-save", &["-t", "nat"]);
-    let found = rules.as_deref().is_some_and(|text| text.contains("kube-proxy"))
-        || legacy.as_deref().is_some_and(|text| text.contains(":KUBE-SERVICES"));
-    if found {
-        let mend = "its rules are on this node and short-circuit pass-through addresses: remove kube-proxy, then run \
-                    `kube-proxy --cleanup`";
-        return finding(check, Status::Warning, mend);
-    }
-    if rules.is_none() && legacy.is_none() {
-        return finding(check, Status::Ok, "not looked for: neither nft nor iptables-save is here");
-    }
-    finding(check, Status::Ok, "no rules of it are on this node")
-}
-
-fn ipvs() -> Finding {
-    if Path::new("/sys/class/net/kube-ipvs0").exists() {
-        let mend = "kube-ipvs0 is on this node and holds the load-balancer addresses, so that traffic to them never \
-                    leaves it: ip link delete kube-ipvs0";
-        return finding("kube-ipvs0", Status::Warning, mend);
-    }
-    finding("kube-ipvs0", Status::Ok, "not here")
-}
-
-fn forward_policy() -> Finding {
-    let check = "FORWARD policy";
-    match output("iptables", &["-S", "FORWARD"]) {
-        None => finding(check, Status::Ok, "not looked at: iptables is not here"),
-        Some(text) if text.lines().any(|line| line == "-P FORWARD DROP") => {
-            let mend = "DROP: traffic that arrives for pods is dropped unless a rule accepts it; let the CNI add one, or \
-                        iptables -P FORWARD ACCEPT";
-            finding(check, Status::Warning, mend)
-        }
-        Some(_) => finding(check, Status::Ok, "ACCEPT"),
-    }
-}
-
-/// What a program prints, if it is here and succeeds.
-fn output(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }

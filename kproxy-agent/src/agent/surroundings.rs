@@ -1,0 +1,59 @@
+//! What on this node stands in kproxy's way, told once at the start: `kproxy check` tells it whenever it is asked.
+
+use nix::net::if_::if_nametoindex;
+
+use crate::{
+    events::{EventReason, Events},
+    firewall::{self, FirewallError, ForwardDrop, Leftover},
+};
+
+/// Whether the interface is here that IPVS mode puts load-balancer addresses on.
+pub fn has_kube_ipvs0() -> bool {
+    if_nametoindex("kube-ipvs0").is_ok()
+}
+
+/// Looks around, beside everything else: the firewall's tools take their time where there are many rules.
+pub fn look(events: &Events) {
+    let events = events.clone();
+    tokio::task::spawn_blocking(move || {
+        tell(&events, EventReason::ForwardPolicyDrop, forward_policy(firewall::forward_drops()));
+        tell(&events, EventReason::KubeProxyLeftovers, kube_proxy(firewall::kube_proxy_leftovers()));
+        tell(&events, EventReason::KubeIpvs0, has_kube_ipvs0().then(kube_ipvs));
+    });
+}
+
+fn tell(events: &Events, reason: EventReason, text: Option<String>) {
+    if let Some(text) = &text {
+        tracing::warn!("{text}");
+    }
+    events.on_node(reason, text);
+}
+
+fn forward_policy(found: Result<Vec<ForwardDrop>, FirewallError>) -> Option<String> {
+    let found = known(found)?;
+    let each: Vec<_> = found.iter().map(|drop| format!("{drop}: {}", drop.mend())).collect();
+    (!each.is_empty()).then(|| {
+        format!("traffic from outside to pods is dropped unless a rule accepts it: {}", each.join("; "))
+    })
+}
+
+fn kube_proxy(found: Result<Vec<Leftover>, FirewallError>) -> Option<String> {
+    let found = known(found)?;
+    let what: Vec<_> = found.iter().map(|leftover| leftover.what.as_str()).collect();
+    (!what.is_empty()).then(|| {
+        format!(
+            "a kube-proxy is or was on this node, whose rules short-circuit pass-through addresses ({}): remove it, then run \
+             `kube-proxy --cleanup`",
+            what.join(", ")
+        )
+    })
+}
+
+fn kube_ipvs() -> String {
+    "kube-ipvs0 is on this node and swallows load-balancer addresses, also those in pass-through: ip link delete kube-ipvs0"
+        .to_owned()
+}
+
+fn known<T>(found: Result<T, FirewallError>) -> Option<T> {
+    found.inspect_err(|error| tracing::debug!("the firewall is not looked at: {error}")).ok()
+}

@@ -1,0 +1,154 @@
+//! What else on a node decides whether Services work: what a kube-proxy left, the firewall, bridges, sysctls.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+
+use super::{Finding, Status, finding};
+use crate::{
+    agent::{MASK_PORTS, has_kube_ipvs0, net_sysctls, reserved_ports_cover},
+    devices,
+    firewall::{FirewallError, forward_drops, kube_proxy_leftovers},
+};
+
+/// kube-proxy's rules translate what kproxy leaves alone, pass-through addresses above all.
+pub fn kube_proxy() -> Finding {
+    let check = "kube-proxy";
+    match kube_proxy_leftovers() {
+        Ok(found) if found.is_empty() => finding(check, Status::Ok, "no rules of it are on this node"),
+        Ok(found) => {
+            let what: Vec<_> = found.iter().map(|leftover| leftover.what.as_str()).collect();
+            let mends: Vec<_> = found.iter().map(|leftover| leftover.mend.as_str()).collect();
+            let mut mends = mends;
+            mends.dedup();
+            let detail = format!(
+                "{}: they short-circuit pass-through addresses, and translate what kproxy would: remove kube-proxy from this \
+                 node, then run `kube-proxy --cleanup` ({})",
+                what.join(", "),
+                mends.join("; ")
+            );
+            finding(check, Status::Warning, detail)
+        }
+        Err(error) => not_looked_at(check, &error),
+    }
+}
+
+/// IPVS mode puts every load-balancer address on this interface.
+pub fn ipvs() -> Finding {
+    if has_kube_ipvs0() {
+        let mend = "kube-ipvs0 is on this node and holds the load-balancer addresses, so that traffic to them never \
+                    leaves it: ip link delete kube-ipvs0";
+        return finding("kube-ipvs0", Status::Warning, mend);
+    }
+    finding("kube-ipvs0", Status::Ok, "not here")
+}
+
+/// Like nftables mode of kube-proxy, kproxy opens no firewall by itself.
+pub fn forward_policy() -> Finding {
+    let check = "FORWARD policy";
+    match forward_drops() {
+        Ok(found) if found.is_empty() => finding(check, Status::Ok, "no forward chain drops by default"),
+        Ok(found) => {
+            let each: Vec<_> = found.iter().map(|drop| format!("{drop}: {}", drop.mend())).collect();
+            let detail =
+                format!("what arrives for pods is dropped unless a rule accepts it: {}", each.join("; "));
+            finding(check, Status::Warning, detail)
+        }
+        Err(error) => not_looked_at(check, &error),
+    }
+}
+
+/// Where client and backend are ports of one bridge, conntrack sees both directions only with bridge-nf-call-iptables.
+pub fn bridges() -> Finding {
+    let check = "bridge-nf-call-iptables";
+    let bridges = match bridge_names() {
+        Ok(bridges) if bridges.is_empty() => return finding(check, Status::Ok, "no bridge is here"),
+        Ok(bridges) => bridges.join(", "),
+        Err(error) => return finding(check, Status::Warning, format!("{error:#}")),
+    };
+    let read =
+        |family: &str| fs::read_to_string(net_sysctls().join(format!("bridge/bridge-nf-call-{family}")));
+    let cost = "a pod that reaches a backend behind the same bridge by packets (no socket hook) has its connection seen in one \
+                direction only, which rules against INVALID packets end";
+    match (read("iptables"), read("ip6tables")) {
+        (Ok(v4), Ok(v6)) if v4.trim() != "0" && v6.trim() != "0" => {
+            finding(check, Status::Ok, format!("on, for {bridges}"))
+        }
+        (Ok(_), Ok(_)) => {
+            let mend = "sysctl -w net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1";
+            finding(check, Status::Warning, format!("off, with pods behind {bridges}: {cost}: {mend}"))
+        }
+        _ => {
+            let detail = format!(
+                "br_netfilter is not here, with pods behind {bridges}: {cost}: modprobe br_netfilter"
+            );
+            finding(check, Status::Warning, detail)
+        }
+    }
+}
+
+/// A socket that is given a port with which a client is masked loses its answers, or the client its.
+pub fn reserved_ports() -> Finding {
+    let check = "reserved ports";
+    let (first, count) = MASK_PORTS;
+    let range = format!("{first}-{}", first + count - 1);
+    let path = net_sysctls().join("ipv4/ip_local_reserved_ports");
+    match fs::read_to_string(&path) {
+        Ok(reserved) if reserved_ports_cover(reserved.trim()) => {
+            finding(check, Status::Ok, format!("{range} are reserved for masking"))
+        }
+        Ok(reserved) if fs::OpenOptions::new().write(true).open(&path).is_ok() => {
+            let reserved = reserved.trim();
+            let now = if reserved.is_empty() { "none are now" } else { reserved };
+            finding(check, Status::Ok, format!("the agent reserves {range} for masking ({now})"))
+        }
+        Ok(reserved) => {
+            let separator = if reserved.trim().is_empty() { "" } else { "," };
+            let all = format!("{}{separator}{range}", reserved.trim());
+            let detail = format!(
+                "{range} are not reserved and cannot be from here: a socket of this host that is given one can lose answers to a \
+                 masked client: sysctl -w net.ipv4.ip_local_reserved_ports={all}"
+            );
+            finding(check, Status::Warning, detail)
+        }
+        Err(error) => finding(check, Status::Warning, format!("{}: {error}", path.display())),
+    }
+}
+
+/// Without it nothing that arrives for a pod gets there.
+pub fn forwarding() -> Finding {
+    let check = "forwarding";
+    let is_off =
+        |path: &str| fs::read_to_string(net_sysctls().join(path)).is_ok_and(|text| text.trim() == "0");
+    let off: Vec<_> = [
+        ("ipv4/ip_forward", "net.ipv4.ip_forward"),
+        ("ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    ]
+    .into_iter()
+    .filter(|(path, _)| is_off(path))
+    .map(|(_, name)| format!("{name}=1"))
+    .collect();
+    if off.is_empty() {
+        return finding(check, Status::Ok, "on in both families");
+    }
+    let detail = format!("packets for pods are not forwarded: sysctl -w {}", off.join(" "));
+    finding(check, Status::Warning, detail)
+}
+
+fn bridge_names() -> Result<Vec<String>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let devices = runtime.block_on(async {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().context("cannot list the interfaces (rtnetlink)")?;
+        tokio::spawn(connection);
+        devices::list(&handle).await
+    })?;
+    Ok(devices.into_values().filter(|device| device.is_bridge).map(|device| device.name).collect())
+}
+
+fn not_looked_at(check: &'static str, error: &FirewallError) -> Finding {
+    match error {
+        FirewallError::NoTool => finding(check, Status::Ok, format!("not looked at: {error}")),
+        FirewallError::Failed(_) => finding(check, Status::Warning, format!("cannot be looked at: {error}")),
+    }
+}

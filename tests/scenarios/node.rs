@@ -1,0 +1,206 @@
+//! What else is on a node: its firewall, its sysctls, what a kube-proxy left; and flags about packets.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec};
+use serde_json::Value;
+
+use crate::Scenario;
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from};
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[
+    ("kproxy::what_stands_in_the_way_is_told", in_the_way),
+    ("kproxy::conntrack_sysctls_are_those_of_kube_proxy", sysctls),
+    ("kproxy::masquerade_all_masks_pods", masquerade_all),
+];
+
+fn lab(ctx: &Context) -> Result<Lab> {
+    ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"])).node(NodeSpec::new("node-b", 2, &["b1"]))
+    })
+}
+
+/// A check of `kproxy check`, by its name: status and detail.
+fn check(node: &Node, name: &str) -> Result<(String, String)> {
+    let cgroup = node.cgroup_root().display().to_string();
+    let output = node.kproxy(&["check", "--cgroup-root", &cgroup, "-o", "json"])?.success()?;
+    let report: Value = serde_json::from_str(&output)?;
+    let checks = report["checks"].as_array().into_iter().flatten();
+    let found = checks.into_iter().find(|one| one["check"] == name);
+    let found = found.with_context(|| format!("no {name} in {report:#}"))?;
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    Ok((text("status"), text("detail")))
+}
+
+fn in_the_way(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1"]))
+            .node(NodeSpec::new("node-b", 2, &["b1"]).cni(Cni::Bridge))
+    })?;
+    let node = lab.node("node-a")?.clone();
+    let mut steps = Steps::new();
+    let warns = |node: &Node, name: &str, words: &[&str]| -> Result<()> {
+        let (status, detail) = check(node, name)?;
+        ensure!(status == "warning", "{name}: {status}: {detail}");
+        for word in words {
+            ensure!(detail.contains(word), "no {word:?} in {detail}");
+        }
+        Ok(())
+    };
+
+    steps.step("a node with nothing in the way", || {
+        for name in [
+            "kube-proxy",
+            "kube-ipvs0",
+            "FORWARD policy",
+            "bridge-nf-call-iptables",
+            "reserved ports",
+            "forwarding",
+        ] {
+            let (status, detail) = check(&node, name)?;
+            ensure!(status == "ok", "{name}: {detail}");
+        }
+        Ok(())
+    });
+    steps.step("forward chains that drop, of every kind", || {
+        node.nft("table inet fw {\n chain through {\n type filter hook forward priority 0; policy drop;\n accept\n }\n}\n")?;
+        node.run(&["iptables", "-P", "FORWARD", "DROP"])?.success()?;
+        node.run(&["ip6tables-legacy", "-P", "FORWARD", "DROP"])?.success()?;
+        let expected = [
+            "nftables inet fw through",
+            "nft insert rule inet fw through",
+            "iptables (nf_tables) ip filter FORWARD",
+            "iptables (legacy) ip6 filter FORWARD",
+            "ip6tables-legacy -P FORWARD ACCEPT",
+        ];
+        warns(&node, "FORWARD policy", &expected)
+    });
+    steps.step("kube-proxy's leftovers", || {
+        node.nft("add table ip6 kube-proxy")?;
+        node.run(&["iptables-legacy", "-t", "nat", "-N", "KUBE-SERVICES"])?.success()?;
+        let expected = [
+            "nftables table ip6 kube-proxy",
+            "nft delete table ip6 kube-proxy",
+            "KUBE-SERVICES",
+            "kube-proxy --cleanup",
+        ];
+        warns(&node, "kube-proxy", &expected)
+    });
+    steps.step("kube-ipvs0", || {
+        // This kernel has no dummy devices: a bridge of that name is as good.
+        node.ip_command("link add kube-ipvs0 type bridge")?;
+        warns(&node, "kube-ipvs0", &["ip link delete kube-ipvs0"])
+    });
+    steps.step("a bridge whose packets iptables does not see", || {
+        let bridged = lab.node("node-b")?;
+        let path = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        let write = |value: &str| bridged.run(&["sh", "-c", &format!("echo {value} > {path}")])?.success();
+        if bridged.run(&["test", "-e", path])?.code() != Some(0) {
+            return warns(bridged, "bridge-nf-call-iptables", &["modprobe br_netfilter"]);
+        }
+        write("0")?;
+        warns(bridged, "bridge-nf-call-iptables", &["net.bridge.bridge-nf-call-iptables=1"])?;
+        write("1")?;
+        let (status, detail) = check(bridged, "bridge-nf-call-iptables")?;
+        ensure!(status == "ok", "{detail}");
+        Ok(())
+    });
+    steps.step("no forwarding", || {
+        let set = |value: &str| {
+            node.run(&["sh", "-c", &format!("echo {value} > /proc/sys/net/ipv4/ip_forward")])?.success()
+        };
+        set("0")?;
+        warns(&node, "forwarding", &["net.ipv4.ip_forward=1"])?;
+        set("1").map(drop)
+    });
+    steps.step("the agent tells it at its start", || {
+        let mut cluster = Cluster::start(lab.clone(), &["node-a"], &[], [])?;
+        let agent = cluster.agent("node-a")?;
+        for word in ["inet fw through", "kube-proxy --cleanup", "ip link delete kube-ipvs0"] {
+            let line = agent.wait_log("it saying so", DEADLINE, |line| line.message.contains(word))?;
+            ensure!(line.level == "WARN", "{line:?}");
+        }
+        Ok(())
+    });
+    steps.done()
+}
+
+fn sysctls(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx)?;
+    let (a, b) = (lab.node("node-a")?.clone(), lab.node("node-b")?.clone());
+    let read = |node: &Node, name: &str| -> Result<String> {
+        Ok(node.run(&["cat", &format!("/proc/sys/net/netfilter/{name}")])?.success()?.trim().to_owned())
+    };
+    let max_before = read(&a, "nf_conntrack_max")?;
+    let (established, close_wait) =
+        ("nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait");
+    let before = [read(&b, established)?, read(&b, close_wait)?];
+    ensure!(before != ["86400", "3600"], "they are as wanted before anybody set them");
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [])?;
+    ensure!(
+        [read(&a, established)?, read(&a, close_wait)?] == ["86400", "3600"],
+        "{}",
+        read(&a, established)?
+    );
+    cluster.start_agents(&["node-b"], &["--disable-conntrack-sysctls"])?;
+    ensure!([read(&b, established)?, read(&b, close_wait)?] == before, "{}", read(&b, established)?);
+    // That of the whole machine cannot be changed from here, and is not.
+    ensure!(read(&a, "nf_conntrack_max")? == max_before, "the machine's maximum has changed");
+    Ok(())
+}
+
+fn masquerade_all(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx)?;
+    let web = Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080);
+    let web = web.pods(&[lab.pod("a2")?, lab.pod("b1")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &["--masquerade-all"], [&web])?;
+    let _servers = cluster.servers(&["a2", "b1"])?;
+    let (pod, host) = (cluster.pod("a1")?, cluster.host("node-a")?);
+    let node = cluster.node("node-a")?.clone();
+    let own: std::collections::BTreeSet<_> = node.own_addresses()?.into_iter().collect();
+    let seen =
+        |client: &Client, transport: Transport, to: SocketAddr, server: &str| -> Result<std::net::IpAddr> {
+            for _ in 0..60 {
+                let (answer, _) = ask_from(&client.worker, transport, to)?;
+                if answer.server == server {
+                    return Ok(answer.client.ip().to_canonical());
+                }
+            }
+            anyhow::bail!("{server} never answered")
+        };
+    let mut steps = Steps::new();
+
+    steps.step("pods are masked towards ClusterIPs, wherever the backend is", || {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                for server in ["a2", "b1"] {
+                    let to = SocketAddr::new(web.cluster_ip(family), 80);
+                    let client = seen(&pod, transport, to, server)?;
+                    ensure!(own.contains(&client), "{transport:?} to {to} at {server} is seen as {client}");
+                }
+            }
+        }
+        Ok(())
+    });
+    steps.step("NodePorts keep the pod's own address", || {
+        let to = SocketAddr::new(node.v4().into(), 30_080);
+        let client = seen(&pod, Transport::Tcp, to, "a2")?;
+        ensure!(client == cluster.lab.pod("a1")?.v4(), "seen as {client}");
+        Ok(())
+    });
+    steps.step("the host is served as ever", || {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                host.reaches(transport, SocketAddr::new(web.cluster_ip(family), 80), &["a2", "b1"])?;
+            }
+        }
+        Ok(())
+    });
+    steps.step("a Service without endpoints refuses at once", || {
+        cluster.put(&web.clone().pods(&[]))?;
+        pod.is_refused(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80))
+    });
+    steps.done()
+}
