@@ -350,7 +350,8 @@ impl Agent<'_> {
             Selection { only: self.args.devices.clone(), exclude: self.args.exclude_devices.clone() };
         let node_addresses = self.node_addresses();
         let wanted = devices::hooked(&self.devices, &selection, &node_addresses);
-        self.attached.sweep(&wanted);
+        let all = self.devices.iter().map(|(index, device)| (*index, device.name.as_str()));
+        self.attached.sweep(&wanted, all);
         let failed: BTreeMap<String, String> = self
             .attached
             .devices(&mut self.programs, &wanted)

@@ -14,6 +14,7 @@ pub mod maps;
 pub mod model;
 pub mod node;
 pub mod plan;
+mod pretend;
 pub mod programs;
 pub mod servers;
 pub mod sockets;

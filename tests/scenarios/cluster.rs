@@ -37,6 +37,8 @@ pub struct Cluster {
     pub lab: Lab,
     pub folder: Manifests,
     agents: BTreeMap<String, Agent>,
+    /// What agents take the kernel to be without; see [`Cluster::start_without`].
+    without: String,
     /// What [`Cluster::put`] wrote last, by file.
     written: BTreeMap<String, String>,
 }
@@ -50,8 +52,26 @@ impl Cluster {
         arguments: &[&str],
         services: impl IntoIterator<Item = &'a Service>,
     ) -> Result<Self> {
+        Self::start_without("", lab, nodes, arguments, services)
+    }
+
+    /// The same, with agents that take this kernel for an older one: without `tcx`, `set-retval`, `netns-cookie` or
+    /// `batches`, named with commas between them.
+    pub fn start_without<'a>(
+        without: &str,
+        lab: Lab,
+        nodes: &[&str],
+        arguments: &[&str],
+        services: impl IntoIterator<Item = &'a Service>,
+    ) -> Result<Self> {
         let folder = Manifests::create(lab.folder(), "manifests")?;
-        let mut cluster = Self { lab, folder, agents: BTreeMap::new(), written: BTreeMap::new() };
+        let mut cluster = Self {
+            lab,
+            folder,
+            agents: BTreeMap::new(),
+            without: without.to_owned(),
+            written: BTreeMap::new(),
+        };
         for service in services {
             cluster.write(service)?;
         }
@@ -63,7 +83,11 @@ impl Cluster {
     pub fn start_agents(&mut self, nodes: &[&str], arguments: &[&str]) -> Result<()> {
         for name in nodes {
             self.agents.remove(*name);
-            let agent = self.node(name)?.agent().manifests(&self.folder).args(arguments).start()?;
+            let mut agent = self.node(name)?.agent().manifests(&self.folder).args(arguments);
+            if !self.without.is_empty() {
+                agent = agent.env("KPROXY_TEST_WITHOUT", &self.without);
+            }
+            let agent = agent.start()?;
             self.agents.insert((*name).to_owned(), agent);
         }
         for name in nodes {

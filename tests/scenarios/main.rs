@@ -13,6 +13,7 @@ mod dumps;
 mod elb;
 mod events;
 mod explain;
+mod fallbacks;
 mod flows;
 mod health_checks;
 mod input;
@@ -55,6 +56,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
     (kproxy, drops::SCENARIOS),
+    (kproxy, fallbacks::SCENARIOS),
     (kproxy, udp::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),

@@ -14,6 +14,11 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::packets_reach_local_backends_routed", |ctx| outside(ctx, Cni::RoutedVeth)),
     ("kproxy::packets_reach_local_backends_bridge", |ctx| outside(ctx, Cni::Bridge)),
     ("kproxy::packets_reach_local_backends_vxlan", |ctx| outside(ctx, Cni::Vxlan)),
+    ("kproxy::packets_reach_backends_without_tcx", |ctx| {
+        outside_without("tcx", ctx, Cni::RoutedVeth)?;
+        ctx.forget_labs();
+        masked_without("tcx", ctx, Cni::RoutedVeth)
+    }),
     ("kproxy::packets_reach_remote_backends_routed", |ctx| masked(ctx, Cni::RoutedVeth)),
     ("kproxy::packets_reach_remote_backends_vxlan", |ctx| masked(ctx, Cni::Vxlan)),
 ];
@@ -43,6 +48,11 @@ fn lab(ctx: &Context, cni: Cni) -> Result<Lab> {
 }
 
 fn outside(ctx: &Context, cni: Cni) -> Result<()> {
+    outside_without("", ctx, cni)
+}
+
+/// On a kernel without something; see [`Cluster::start_without`].
+fn outside_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
     let lab = lab(ctx, cni)?;
     let pods = ["a1", "a2", "b1"].map(|name| lab.pod(name).cloned());
     let [a1, a2, b1] = pods;
@@ -61,7 +71,7 @@ fn outside(ctx: &Context, cni: Cni) -> Result<()> {
         .annotation("kproxy.io/pass-through", "true")
         .pods(&[lab.pod("a1")?]);
     let nodes = ["node-a", "node-b", "node-c"];
-    let cluster = Cluster::start(lab, &nodes, &[], [&web, &passed])?;
+    let cluster = Cluster::start_without(without, lab, &nodes, &[], [&web, &passed])?;
     let _servers = cluster.servers(&["a1", "a2", "b1"])?;
     let lab = &cluster.lab;
     let client = Client::at(lab.host("client")?)?;
@@ -131,10 +141,14 @@ fn outside(ctx: &Context, cni: Cni) -> Result<()> {
 /// Under policy Cluster a node sends outside clients to backends on other nodes too, hidden behind an address of
 /// its own, so that the answers come back its way.
 fn masked(ctx: &Context, cni: Cni) -> Result<()> {
+    masked_without("", ctx, cni)
+}
+
+fn masked_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
     let lab = lab(ctx, cni)?;
     let web =
         Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(NODE_PORT).pods(&[lab.pod("b1")?]);
-    let cluster = Cluster::start(lab, &["node-a", "node-b", "node-c"], &[], [&web])?;
+    let cluster = Cluster::start_without(without, lab, &["node-a", "node-b", "node-c"], &[], [&web])?;
     let _servers = cluster.servers(&["b1"])?;
     let lab = &cluster.lab;
     let client = Client::at(lab.host("client")?)?;

@@ -17,6 +17,8 @@ use std::{
 
 use kproxy_common::{Address, Backend, Flow, FlowKey, FrontendKey, Owner, ServiceInfo, SourceRangeKey};
 
+use crate::pretend::{Feature, lacks};
+
 // Commands and constants of linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
@@ -480,6 +482,11 @@ fn possible_cpus() -> io::Result<usize> {
 ///
 /// `attributes` must be what `command` takes, and what it points at must be as long as the command assumes.
 unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
+    let is_batch = matches!(command, BPF_MAP_LOOKUP_BATCH | BPF_MAP_UPDATE_BATCH | BPF_MAP_DELETE_BATCH);
+    if is_batch && lacks(Feature::Batches) {
+        // As a kernel says that does not know the command.
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
     // SAFETY: the caller vouches for the contents; the length is the structure's own.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
     if result < 0 {

@@ -1,7 +1,7 @@
 //! Attaching: links pinned below `links/` of the bpffs folder, exchanged in place on a restart.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     os::{
@@ -67,6 +67,8 @@ pub struct Attached {
     devices: BTreeMap<u32, (String, DeviceProgram)>,
     /// Without TCX (before 6.6): filters on a clsact qdisc, which stay without a pin.
     use_clsact: bool,
+    /// Interfaces that get no filters, and have none of an earlier agent's any more.
+    without_filters: BTreeSet<u32>,
 }
 
 impl Attached {
@@ -74,7 +76,7 @@ impl Attached {
     pub fn new(root: &Path, use_clsact: bool) -> Result<Self> {
         let links = root.join("links");
         fs::create_dir_all(&links).with_context(|| format!("cannot make the folder {}", links.display()))?;
-        Ok(Self { links, devices: BTreeMap::new(), use_clsact })
+        Ok(Self { links, devices: BTreeMap::new(), use_clsact, without_filters: BTreeSet::new() })
     }
 
     /// Puts the socket hooks on `cgroup`, or into the links that are there from an earlier agent.
@@ -134,8 +136,22 @@ impl Attached {
         self.devices.len()
     }
 
-    /// Removes pins of interfaces that are not among `present`: leftovers of an earlier agent.
-    pub fn sweep(&self, present: &BTreeMap<u32, (String, DeviceProgram)>) {
+    /// Removes what an earlier agent left: pins of interfaces that are not among `present`, and filters of those among
+    /// `all` (index and name) that are not.
+    pub fn sweep<'a>(
+        &mut self,
+        present: &BTreeMap<u32, (String, DeviceProgram)>,
+        all: impl Iterator<Item = (u32, &'a str)>,
+    ) {
+        if self.use_clsact {
+            let others: BTreeMap<u32, &str> = all.filter(|(index, _)| !present.contains_key(index)).collect();
+            self.without_filters.retain(|index| others.contains_key(index));
+            for (index, name) in others {
+                if self.without_filters.insert(index) {
+                    remove_clsact(name);
+                }
+            }
+        }
         let Ok(entries) = fs::read_dir(&self.links) else {
             return;
         };

@@ -13,7 +13,10 @@ use kproxy_common::{Address, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::pins::Pins;
-use crate::maps::kernel::{Carry, MapError};
+use crate::{
+    maps::kernel::{Carry, MapError},
+    pretend::{Feature, lacks},
+};
 
 /// The compiled programs, `cargo xtask build` puts them here.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
@@ -309,14 +312,16 @@ pub fn check_on_bpffs(root: &Path) -> Result<(), LoadError> {
 /// Whether packet programs can be attached by TCX links (6.6).
 pub fn has_tcx() -> bool {
     // Asked, not told by a version number: kernels before it do not know the question.
-    aya::programs::SchedClassifier::query_tcx("lo", aya::programs::TcAttachType::Ingress).is_ok()
+    !lacks(Feature::Tcx)
+        && aya::programs::SchedClassifier::query_tcx("lo", aya::programs::TcAttachType::Ingress).is_ok()
 }
 
 /// Whether the kernel has `bpf_set_retval` for socket programs (5.18).
 pub fn has_set_retval() -> bool {
-    aya::sys::is_helper_supported(
-        aya::programs::ProgramType::CgroupSockAddr,
-        aya::sys::BpfHelper::BPF_FUNC_set_retval,
-    )
-    .unwrap_or(false)
+    !lacks(Feature::SetRetval)
+        && aya::sys::is_helper_supported(
+            aya::programs::ProgramType::CgroupSockAddr,
+            aya::sys::BpfHelper::BPF_FUNC_set_retval,
+        )
+        .unwrap_or(false)
 }

@@ -12,6 +12,8 @@ use std::{
     path::Path,
 };
 
+use crate::pretend::{Feature, lacks};
+
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -139,6 +141,9 @@ pub fn link_target(link: BorrowedFd<'_>, is_cgroup: bool) -> io::Result<u64> {
 /// The cookie of the network namespace that this process is in; `None` where the kernel cannot tell (before
 /// 5.14).
 pub fn namespace_cookie() -> io::Result<Option<u64>> {
+    if lacks(Feature::NetnsCookie) {
+        return Ok(None);
+    }
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::]:0"))?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
