@@ -28,6 +28,7 @@ mod pass_through;
 mod reach;
 mod restart;
 mod safety;
+mod soak;
 mod sockets;
 mod source_ranges;
 mod udp;
@@ -56,6 +57,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
     (kproxy, drops::SCENARIOS),
+    (kproxy, soak::SCENARIOS),
     (kproxy, fallbacks::SCENARIOS),
     (kproxy, udp::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),

@@ -1,4 +1,4 @@
-//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | bench | clean-cache`.
+//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | bench | soak | clean-cache`.
 
 mod apt;
 mod bench;
@@ -11,6 +11,7 @@ mod paths;
 mod process;
 mod progress;
 mod setup;
+mod soak;
 mod test;
 mod toolchain;
 
@@ -88,6 +89,12 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=16_000))]
         services: u32,
     },
+    /// Set up, build, and keep connections going in the lab while endpoints change and agents are killed
+    Soak {
+        /// How long
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        minutes: u64,
+    },
     /// Remove what setup built outside of the tree: bpf-linker and the Kubernetes programs
     CleanCache,
 }
@@ -129,6 +136,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Bench { only, rounds, services } => {
             return bench::run(&paths, &progress, only, rounds, services);
         }
+        Command::Soak { minutes } => return soak::run(&paths, &progress, minutes),
         Command::CleanCache => setup::clean_cache(&paths)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -81,6 +81,8 @@ impl Shared {
                 }
                 Err(failure) => *report.failed.entry(failure).or_default() += 1,
             }
+            drop(report);
+            thread::sleep(Duration::from_millis(self.spec.pause_ms));
         }
     }
 

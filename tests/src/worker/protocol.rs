@@ -148,13 +148,23 @@ pub struct BurstSpec {
     pub timeout_ms: u64,
     /// Whether connections are only made and closed, without a request.
     pub connect_only: bool,
+    /// What a thread waits between two connections, in milliseconds.
+    pub pause_ms: u64,
 }
 
 impl BurstSpec {
     /// Connections with one request each to an echo server, by two threads, until told to stop;
     /// 2 s for each.
     pub fn new(to: SocketAddr) -> Self {
-        Self { to, concurrency: 2, count: None, seconds: None, timeout_ms: 2000, connect_only: false }
+        Self {
+            to,
+            concurrency: 2,
+            count: None,
+            seconds: None,
+            timeout_ms: 2000,
+            connect_only: false,
+            pause_ms: 0,
+        }
     }
 
     /// Ends it after so many connections.
@@ -178,6 +188,12 @@ impl BurstSpec {
     /// Sets what one connection may take.
     pub fn timeout_ms(mut self, milliseconds: u64) -> Self {
         self.timeout_ms = milliseconds;
+        self
+    }
+
+    /// Sets what a thread waits between two connections: a stream that leaves the machine to others too.
+    pub fn pause_ms(mut self, milliseconds: u64) -> Self {
+        self.pause_ms = milliseconds;
         self
     }
 
