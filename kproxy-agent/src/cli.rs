@@ -287,6 +287,7 @@ An answer has these fields:
   verdict             forward, pass, reject or drop
   service             namespace/name:port, the port by its name, or its number where it has none; or null
   frontend            what of the Service matched, as \"ClusterIP 10.96.0.10:53/UDP\"; or null
+  way                 who translates it: socket (at connect, packets are not touched) or packet; or null
   backends            address, source (kept or masked: what the backend sees), local (on this node); each as likely
   affinity            how long the client stays with its backend, in seconds; or null
   pass_through        whether it is left alone so that it reaches the load balancer

@@ -11,12 +11,13 @@ mod text;
 
 use anyhow::Result;
 use kproxy_common::{
-    Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, Resolution,
-    ServiceInfo, Side, Tables, TrafficPolicy, choose, client_of, is_masked, resolve,
+    Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, Protocol,
+    Resolution, ServiceInfo, Side, SocketVerdict, Tables, TrafficPolicy, choose, client_of, is_masked,
+    resolve, socket_connection,
 };
 
 pub use self::{
-    answer::{Answer, BackendAnswer, LeftOutAnswer, Source, Verdict},
+    answer::{Answer, BackendAnswer, LeftOutAnswer, Source, Verdict, Way},
     live::Live,
     planned::Planned,
     query::{Query, QueryError},
@@ -61,7 +62,7 @@ pub struct ServicePort {
     /// `spec.ports[].name`, empty without one.
     pub name: String,
     /// Its protocol.
-    pub protocol: kproxy_common::Protocol,
+    pub protocol: Protocol,
     /// The family of its endpoints.
     pub family: Family,
 }
@@ -103,7 +104,9 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
         Resolution::Reject { reason, .. } => (Verdict::Reject, reason),
         Resolution::Drop { reason, .. } => (Verdict::Drop, reason),
         Resolution::Balance(balance) => {
-            answer.backends = backends(&tables, &balance, &connection.client, &place);
+            let way = way(&tables, &connection, &place);
+            answer.way = Some(way);
+            answer.backends = backends(&tables, &balance, &connection.client, &place, way);
             match answer.backends.is_empty() {
                 true => (Verdict::Drop, kproxy_common::Reason::TableError),
                 false => (Verdict::Forward, kproxy_common::Reason::Forwarded),
@@ -145,9 +148,30 @@ fn matched(
     Some(Matched { number, info, side, port, is_outside: kind == ClientKind::Outside })
 }
 
+/// Which hook translates a connection to a backend: a socket hook at connect, for clients on this node, or packet
+/// hooks. Asked of the decision of the socket hooks, since they leave some to the packet hooks.
+fn way(tables: &impl Tables, connection: &Connection, place: &Place) -> Way {
+    // Nothing runs when an SCTP socket connects.
+    if place.behind == ClientKind::Outside || connection.protocol == Protocol::Sctp {
+        return Way::Packet;
+    }
+    // A socket has no address yet when it is asked about.
+    let client = Client { address: connection.destination.any_of_family(), ..connection.client };
+    match socket_connection(tables, &Connection { client, ..*connection }, None, || 0) {
+        SocketVerdict::Translate { .. } => Way::Socket,
+        SocketVerdict::Leave { .. } | SocketVerdict::Refuse { .. } => Way::Packet,
+    }
+}
+
 /// Every backend that [`choose`] can pick, in the order of the set: it is asked once for each, with the random
 /// number that falls on it.
-fn backends(tables: &impl Tables, balance: &Balance, client: &Client, place: &Place) -> Vec<BackendAnswer> {
+fn backends(
+    tables: &impl Tables,
+    balance: &Balance,
+    client: &Client,
+    place: &Place,
+    way: Way,
+) -> Vec<BackendAnswer> {
     let side = balance.side;
     let count = u64::from(side.count());
     // Without affinity: where a client went before is no rule, and asking must not remember anything.
@@ -163,9 +187,11 @@ fn backends(tables: &impl Tables, balance: &Balance, client: &Client, place: &Pl
         })
         .collect();
     picked.sort_by_key(|backend| (backend.address(), backend.port()));
+    // A socket that was translated sends packets from the client to the backend, which nobody touches.
+    let is_masked = |backend: &Backend| way == Way::Packet && is_masked(&side, backend, place.behind);
     let answer = |backend: &Backend| BackendAnswer {
         address: std::net::SocketAddr::new(backend.address().into(), backend.port()),
-        source: if is_masked(&side, backend, place.behind) { Source::Masked } else { Source::Kept },
+        source: if is_masked(backend) { Source::Masked } else { Source::Kept },
         local: backend.is_local(),
     };
     picked.iter().map(answer).collect()

@@ -24,6 +24,8 @@ pub struct Answer {
     pub service: Option<String>,
     /// The frontend that matched.
     pub frontend: Option<String>,
+    /// Who translates it, where it goes to a backend.
+    pub way: Option<Way>,
     /// Where the connection may go, each as likely as the other.
     pub backends: Vec<BackendAnswer>,
     /// How long the client stays with its backend, in seconds.
@@ -57,6 +59,16 @@ pub enum Verdict {
     Reject,
     /// It gets no answer.
     Drop,
+}
+
+/// Which hook translates a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// A socket hook, at connect or at the first datagram: packets are not touched.
+    Socket,
+    /// Packet hooks, on the interfaces.
+    Packet,
 }
 
 /// A backend that may be picked.
@@ -104,6 +116,7 @@ impl Answer {
             verdict: Verdict::Pass,
             service: None,
             frontend: None,
+            way: None,
             backends: Vec::new(),
             affinity: None,
             pass_through: false,

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use kproxy_common::Reason;
 
-use super::{Answer, Source, Verdict};
+use super::{Answer, Source, Verdict, Way};
 
 /// How many endpoints are listed.
 const LISTED: usize = 20;
@@ -36,21 +36,16 @@ pub fn text(answer: &Answer) -> String {
             format!("{}   {place}, sees {}", backend.address, sees(answer, backend.source))
         });
         list(&mut out, listed, count);
-        line(
-            &mut out,
-            "translated",
-            &match (masked(Source::Kept), masked(Source::Masked)) {
-                (_, false) => format!("the destination {} to the endpoint's; the source stays", answer.to),
-                (false, true) => {
-                    format!("the destination {} to the endpoint's; the source to this node's", answer.to)
-                }
-                (true, true) => format!(
-                    "the destination {} to the endpoint's; the source to this node's, where the endpoint is on \
-                     another node",
-                    answer.to
-                ),
-            },
-        );
+        let source = match (masked(Source::Kept), masked(Source::Masked)) {
+            (_, false) => "the source stays",
+            (false, true) => "the source becomes this node's",
+            (true, true) => "the source becomes this node's where the endpoint is on another",
+        };
+        let how = match answer.way {
+            Some(Way::Socket) => "at connect, by the socket hook",
+            Some(Way::Packet) | None => "packet by packet, on the interfaces",
+        };
+        line(&mut out, "translated", &format!("{} becomes the endpoint's, {how}; {source}", answer.to));
         if let Some(seconds) = answer.affinity {
             let what =
                 format!("the client stays with its endpoint for {seconds} s after each new connection");
