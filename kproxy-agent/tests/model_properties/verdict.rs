@@ -81,9 +81,15 @@ pub fn is_masked(config: &NodeConfig, frontend: &Frontend, question: &Question, 
     // The only --cluster-cidr here is one of IPv4.
     let knows_inside = !config.cluster_cidrs.is_empty() && question.client.is_v4();
     let is_stranger = kind(config, question) == ClientKind::Outside;
-    (question.behind == ClientKind::Outside && !is_local)
-        || (is_cluster_ip && config.masquerade_all)
-        || (is_cluster_ip && knows_inside && is_stranger)
+    // No socket hook sees SCTP; the others' sockets on this node are at the endpoint from the start.
+    let is_socket = question.protocol != Protocol::Sctp;
+    match question.behind {
+        ClientKind::Host if is_socket => false,
+        ClientKind::Host | ClientKind::Pod => is_cluster_ip && config.masquerade_all,
+        ClientKind::Outside => {
+            !is_local || (is_cluster_ip && (config.masquerade_all || (knows_inside && is_stranger)))
+        }
+    }
 }
 
 /// What the client is to the rules.
