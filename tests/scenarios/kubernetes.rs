@@ -162,6 +162,44 @@ fn connections(ctx: &Context) -> Result<()> {
         cluster.control.kubectl(&["label", "service", "later", &format!("{label}-")])?.success()?;
         cluster.reaches_soon(&client, to, "a2")
     });
+    steps.step("slices that are called headless", || {
+        // As the controller labels them, also of a Service that becomes one.
+        let to = SocketAddr::new(later.cluster_ip(Family::V4), 80);
+        let label = "service.kubernetes.io/headless";
+        cluster.control.kubectl(&["label", "endpointslice", "later-v4", &format!("{label}=")])?.success()?;
+        eventually("no endpoint any more", || {
+            Ok(client.is_refused(Transport::Tcp, to).is_ok().then_some(()))
+        })?;
+        // Of the other family, which has a slice of its own.
+        client.reaches(Transport::Tcp, SocketAddr::new(later.cluster_ip(Family::V6), 80), &["a2"])?;
+        cluster.control.kubectl(&["label", "endpointslice", "later-v4", &format!("{label}-")])?.success()?;
+        cluster.reaches_soon(&client, to, "a2")
+    });
+    steps.step("a slice that changes its Service", || {
+        let (web_ip, later_ip) = (web.cluster_ip(Family::V4), later.cluster_ip(Family::V4));
+        let label = |slice: &str, service: &str| {
+            let label = format!("kubernetes.io/service-name={service}");
+            cluster.control.kubectl(&["label", "--overwrite", "endpointslice", slice, &label])?.success()
+        };
+        label("later-v4", "web")?;
+        eventually("no endpoint any more", || {
+            Ok(client.is_refused(Transport::Tcp, SocketAddr::new(later_ip, 80)).is_ok().then_some(()))
+        })?;
+        client.reaches(Transport::Tcp, SocketAddr::new(web_ip, 80), &["a2"])?;
+        label("later-v4", "later")?;
+        cluster.reaches_soon(&client, SocketAddr::new(later_ip, 80), "a2")
+    });
+    steps.step("a Service that is one no more", || {
+        let to = SocketAddr::new(later.cluster_ip(Family::V4), 80);
+        let patch = "{\"spec\": {\"type\": \"ExternalName\", \"externalName\": \"example.com\", \"clusterIP\": null, \"clusterIPs\": null, \
+                     \"ipFamilies\": null, \"ipFamilyPolicy\": null}}";
+        cluster.control.kubectl(&["patch", "service", "later", "--type=merge", "-p", patch])?.success()?;
+        eventually("it not served any more", || {
+            Ok(client.worker.tcp_connect_with(to, None, SILENCE).is_err().then_some(()))
+        })?;
+        ensure!(service_view(&cluster.node, "later").is_err(), "still printed");
+        Ok(())
+    });
     steps.step("kubectl delete", || {
         let to = SocketAddr::new(web.cluster_ip(Family::V4), 80);
         let open = client.worker.tcp_connect(to)?;

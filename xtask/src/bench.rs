@@ -8,6 +8,7 @@ use clap::ValueEnum;
 
 use crate::bpf;
 use crate::build::{self, Profile};
+use crate::kubernetes;
 use crate::machine;
 use crate::paths::Paths;
 use crate::process;
@@ -19,6 +20,8 @@ use crate::setup::{self, Purpose};
 pub enum Part {
     /// What loading and changing costs, memory, and the size of the programs
     Load,
+    /// How long a change takes from a kube-apiserver to the map
+    Api,
     /// Connections through a ClusterIP as ratios to direct ones
     Connections,
 }
@@ -45,8 +48,12 @@ pub fn run(
         .args(["run", "--quiet", "--release", "--package", "kproxy-lab", "--bin", "bench", "--"])
         .args(["--rounds", &rounds.to_string(), "--services", &services.to_string()])
         .env("KPROXY_BIN", binary);
+    if only.is_none_or(|only| only == Part::Api) {
+        command.env("KUBEBUILDER_ASSETS", kubernetes::ensure(paths, progress)?);
+    }
     match only {
         Some(Part::Load) => command.arg("load"),
+        Some(Part::Api) => command.arg("api"),
         Some(Part::Connections) => command.arg("connections"),
         None => &mut command,
     };

@@ -3,6 +3,7 @@
 //!
 //! Times on a shared machine drift; ratios of what was done in turn hold. See [`arms`].
 
+mod api;
 mod arms;
 mod connections;
 mod load;
@@ -43,6 +44,10 @@ fn inside(run: &Run, options: &Options) -> ExitCode {
     let result = Context::scenario(run, "bench", |ctx| {
         if options.does(Part::Load) {
             load::measure(ctx, options)?;
+            ctx.forget_labs();
+        }
+        if options.does(Part::Api) {
+            api::measure(ctx, options)?;
             ctx.forget_labs();
         }
         if options.does(Part::Connections) {

@@ -6,9 +6,10 @@ Measures in the lab what kproxy costs, and prints tables: a first load of many S
 endpoint, memory, the size of the programs; and connections through a ClusterIP as ratios to the same
 pod asked directly, one arm after the other in every round.
 
-Usage: cargo xtask bench [load|connections] [--rounds N] [--services N]
+Usage: cargo xtask bench [load|api|connections] [--rounds N] [--services N]
 
   load           only what loading and changing costs
+  api            only how long a change takes from a kube-apiserver to the map
   connections    only the ratios
   --rounds N     rounds of the ratios, 40 or more [default: 60]
   --services N   how many Services `many` is, of ten endpoints each [default: 10000]
@@ -21,6 +22,7 @@ Exit status: 0 measured, 1 it failed or the machine was too busy (an A/A ratio i
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     Load,
+    Api,
     Connections,
 }
 
@@ -42,6 +44,7 @@ impl Options {
             match argument.as_str() {
                 "-h" | "--help" => return Ok(None),
                 "load" => options.only = Some(Part::Load),
+                "api" => options.only = Some(Part::Api),
                 "connections" => options.only = Some(Part::Connections),
                 "--rounds" => options.rounds = number(&argument, arguments.next(), 40..=10_000)?,
                 "--services" => options.services = number(&argument, arguments.next(), 1..=16_000)?,
