@@ -28,6 +28,7 @@ use crate::{
     cli::{AgentArgs, Common},
     devices::{self, Devices, Selection},
     events::Events,
+    firewall,
     maps::kernel::{KernelMaps, owner_text},
     model::{Change, Model},
     node::{self, Lock},
@@ -73,7 +74,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     host::lift_memory_limit();
     crate::programs::check_bpf_root(root)?;
     let _lock = Lock::take(root, || owner_text(root))?;
-    let programs = Programs::load(root, &config::capacities(&args.tables))?;
+    let forward_mark = if args.rules.accept_forward { firewall::FORWARD_MARK } else { 0 };
+    let programs = Programs::load(root, &config::capacities(&args.tables), forward_mark)?;
     let mut maps = KernelMaps::open_pins(|name| programs.pin(name).unwrap_or_else(|| root.join(name)))?;
     maps.write_owner(&owner(&node_name))?;
     let (mut tables, problems) = maps.restore()?;
@@ -100,7 +102,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         Some(connection) => Events::start(kubernetes::Recorder::new(connection, &node_name), &node_name),
         None => Events::none(),
     };
-    surroundings::look(&events);
+    surroundings::look(&events, args.rules.accept_forward);
     let telemetry = Telemetry::start(args, &node_name, root, &events)?;
     let mut agent = Agent {
         args,

@@ -180,6 +180,9 @@ pub struct RuleArgs {
     /// NodePorts do not answer on loopback addresses
     #[arg(long, env = "KPROXY_DISABLE_LOOPBACK_NODEPORTS")]
     pub disable_loopback_nodeports: bool,
+    /// Let traffic of Services through where iptables' chain FORWARD drops by default
+    #[arg(long, env = "KPROXY_ACCEPT_FORWARD")]
+    pub accept_forward: bool,
     /// Leave the sysctls of conntrack as they are
     #[arg(long, env = "KPROXY_DISABLE_CONNTRACK_SYSCTLS")]
     pub disable_conntrack_sysctls: bool,

@@ -1,9 +1,13 @@
 //! The host's firewall, as far as it decides whether kproxy's traffic gets through: forward chains that drop what
 //! no rule accepts, and what a kube-proxy left behind. Read by the usual tools; without them nothing is known.
 
+mod accept;
+
 use std::{fs, io, process::Command};
 
 use serde_json::Value;
+
+pub use accept::{FORWARD_MARK, accept, withdraw};
 
 /// A chain at the forward hook with policy DROP: what arrives for pods of this node is dropped there unless a
 /// rule of that very chain accepts it; what another chain accepts does not count.
@@ -115,6 +119,10 @@ const LEGACY: &[(&str, &str, &str)] = &[
     ("ip6", "/proc/net/ip6_tables_names", "ip6tables-legacy"),
 ];
 
+fn has_legacy_filter(family: &str) -> bool {
+    LEGACY.iter().any(|(of, names, _)| *of == family && has_legacy_table(names, "filter"))
+}
+
 fn has_legacy_table(names: &str, table: &str) -> bool {
     fs::read_to_string(names).is_ok_and(|text| text.lines().any(|line| line == table))
 }
@@ -187,10 +195,10 @@ impl ForwardDrop {
         let six = if family == "ip6" { "6" } else { "" };
         match keeper {
             Keeper::IptablesNft => {
-                format!("ip{six}tables -P FORWARD ACCEPT, or a rule that accepts traffic for pods")
+                format!("give the agent --accept-forward, or ip{six}tables -P FORWARD ACCEPT")
             }
             Keeper::IptablesLegacy => {
-                format!("ip{six}tables-legacy -P FORWARD ACCEPT, or a rule that accepts traffic for pods")
+                format!("give the agent --accept-forward, or ip{six}tables-legacy -P FORWARD ACCEPT")
             }
             Keeper::Nftables => format!(
                 "add a rule that accepts traffic for pods to this very chain: nft insert rule {family} {chain} …; a rule \

@@ -13,6 +13,7 @@ mod drops;
 mod iterate;
 mod kernel;
 mod maps;
+mod mark;
 mod packet;
 mod socket;
 

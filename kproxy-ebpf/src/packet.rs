@@ -12,7 +12,7 @@ use kproxy_common::{
     Address, ClientKind, PacketMeta, PacketVerdict, Protocol, Reason, TcpFlags, on_egress, on_ingress,
 };
 
-use crate::{count::count_reason, drops, kernel::Kernel};
+use crate::{count::count_reason, drops, kernel::Kernel, mark};
 
 /// Leave the packet to the next program, and to the stack after the last.
 const NEXT: i32 = TC_ACT_UNSPEC;
@@ -79,7 +79,10 @@ fn apply(ctx: &TcContext, packet: &Packet, verdict: PacketVerdict) -> i32 {
     let rewritten = match verdict {
         PacketVerdict::Pass { reason } => return pass(reason),
         PacketVerdict::Drop { reason } => return drop(ctx, packet, reason),
-        PacketVerdict::SetDestination { address, port } => packet.set_destination(ctx, &address, port),
+        PacketVerdict::SetDestination { address, port } => {
+            mark::sent_on(ctx);
+            packet.set_destination(ctx, &address, port)
+        }
         PacketVerdict::SetSource { address, port } => packet.set_source(ctx, &address, port),
     };
     match rewritten {

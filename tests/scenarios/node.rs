@@ -14,6 +14,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::what_stands_in_the_way_is_told", in_the_way),
     ("kproxy::conntrack_sysctls_are_those_of_kube_proxy", sysctls),
     ("kproxy::masquerade_all_masks_pods", masquerade_all),
+    ("kproxy::traffic_of_services_passes_a_closed_firewall", accept_forward),
 ];
 
 fn lab(ctx: &Context) -> Result<Lab> {
@@ -201,6 +202,98 @@ fn masquerade_all(ctx: &Context) -> Result<()> {
     steps.step("a Service without endpoints refuses at once", || {
         cluster.put(&web.clone().pods(&[]))?;
         pod.is_refused(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80))
+    });
+    steps.done()
+}
+
+/// FORWARD drops by default: in iptables on nf_tables for IPv4, and on its own tables for IPv6.
+fn accept_forward(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
+            .node(NodeSpec::new("node-b", 2, &["b1"]))
+            .client("client")
+    })?;
+    let node = lab.node("node-a")?.clone();
+    for tool in ["iptables-nft", "ip6tables-legacy"] {
+        node.run(&[tool, "-P", "FORWARD", "DROP"])?.success()?;
+    }
+    let web = Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080);
+    let web = web.pods(&[lab.pod("a2")?, lab.pod("b1")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
+    let _servers = cluster.servers(&["a2", "b1"])?;
+    let outside = cluster.lab.host("client")?.clone();
+    let beyond = outside.echo(TARGET)?;
+    let (client, pod) = (Client::at(&outside)?, cluster.pod("a1")?);
+    let rules = |node: &Node| -> Result<Vec<String>> {
+        let mut rules = Vec::new();
+        for tool in ["iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"] {
+            let listed = node.run(&[tool, "-S", "FORWARD"])?.success()?;
+            let ours = listed.lines().filter(|line| line.contains("kproxy"));
+            rules.extend(ours.map(|line| format!("{tool} {line}")));
+        }
+        Ok(rules)
+    };
+    // From a backend on this node, by its own name; from the other one the client is seen masked.
+    let answers = |family: Family, transport: Transport| -> Result<()> {
+        let to = SocketAddr::new(node.ip(family), 30_080);
+        let mut missing = vec!["a2", "b1"];
+        for _ in 0..60 {
+            let (answer, _) = ask_from(&client.worker, transport, to)?;
+            missing.retain(|server| *server != answer.server);
+            if missing.is_empty() {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("{missing:?} never answered at {to}")
+    };
+    let mut steps = Steps::new();
+
+    steps.step("without the flag it is dropped, and told", || {
+        for family in Family::BOTH {
+            client.gets_silence(Transport::Tcp, SocketAddr::new(node.ip(family), 30_080))?;
+        }
+        let agent = cluster.agent("node-a")?;
+        agent.wait_log("it saying so", DEADLINE, |line| {
+            line.level == "WARN" && line.message.contains("give the agent --accept-forward")
+        })?;
+        ensure!(rules(&node)?.is_empty(), "{:?}", rules(&node)?);
+        Ok(())
+    });
+    steps.step("with it traffic of Services passes", || {
+        cluster.start_agents(&["node-a"], &["--accept-forward"])?;
+        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                answers(family, transport)?;
+            }
+        }
+        Ok(())
+    });
+    steps.step("and nothing else", || {
+        for family in Family::BOTH {
+            pod.gets_silence(Transport::Tcp, beyond.address(family))?;
+        }
+        Ok(())
+    });
+    steps.step("a restart adds none, and a rule that goes is put back at the next", || {
+        node.run(&["sh", "-c", "iptables-nft -D FORWARD 1"])?.success()?;
+        cluster.start_agents(&["node-a"], &["--accept-forward"])?;
+        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        answers(Family::V4, Transport::Tcp)
+    });
+    steps.step("without the flag they are withdrawn", || {
+        cluster.start_agents(&["node-a"], &[])?;
+        crate::cluster::eventually("no rules", || Ok(rules(&node)?.is_empty().then_some(())))
+    });
+    steps.step("cleanup takes them away", || {
+        cluster.start_agents(&["node-a"], &["--accept-forward"])?;
+        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        cluster.forget_agent("node-a");
+        let cgroup = node.cgroup_root().display().to_string();
+        let output = node.kproxy(&["cleanup", "--cgroup-root", &cgroup])?.success()?;
+        ensure!(output.contains("4 firewall rules"), "{output}");
+        ensure!(rules(&node)?.is_empty(), "{:?}", rules(&node)?);
+        Ok(())
     });
     steps.done()
 }

@@ -43,6 +43,7 @@ pub fn model(
         masquerade_all,
         disable_external_ips,
         disable_loopback_nodeports: _,
+        accept_forward: _,
         disable_conntrack_sysctls: _,
         pass_through_default,
         pass_through_scope,

@@ -1,5 +1,7 @@
 //! What on this node stands in kproxy's way, told once at the start: `kproxy check` tells it whenever it is asked.
 
+use std::time::Duration;
+
 use nix::net::if_::if_nametoindex;
 
 use crate::{
@@ -12,13 +14,46 @@ pub fn has_kube_ipvs0() -> bool {
     if_nametoindex("kube-ipvs0").is_ok()
 }
 
-/// Looks around, beside everything else: the firewall's tools take their time where there are many rules.
-pub fn look(events: &Events) {
+/// How often it is seen to that the firewall accepts: others change it, too.
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// Looks around, beside everything else: the firewall's tools take their time where there are many rules. With
+/// `accept_forward` traffic of Services is let through where it would be dropped.
+pub fn look(events: &Events, accept_forward: bool) {
     let events = events.clone();
-    tokio::task::spawn_blocking(move || {
-        tell(&events, EventReason::ForwardPolicyDrop, forward_policy(firewall::forward_drops()));
-        tell(&events, EventReason::KubeProxyLeftovers, kube_proxy(firewall::kube_proxy_leftovers()));
-        tell(&events, EventReason::KubeIpvs0, has_kube_ipvs0().then(kube_ipvs));
+    tokio::spawn(async move {
+        let of_task = events.clone();
+        let look = move || {
+            tell(&of_task, EventReason::KubeProxyLeftovers, kube_proxy(firewall::kube_proxy_leftovers()));
+            tell(&of_task, EventReason::KubeIpvs0, has_kube_ipvs0().then(kube_ipvs));
+            if !accept_forward {
+                // Of an agent that was told to.
+                known(firewall::withdraw());
+                tell(&of_task, EventReason::ForwardPolicyDrop, forward_policy(firewall::forward_drops()));
+            }
+        };
+        // A panic in there is told by its hook; nothing depends on what it found.
+        let _ = tokio::task::spawn_blocking(look).await;
+        if !accept_forward {
+            return;
+        }
+        let mut told = None;
+        loop {
+            let accept = || firewall::forward_drops().and_then(|drops| firewall::accept(&drops));
+            let Ok(left) = tokio::task::spawn_blocking(accept).await else { return };
+            let text = match left {
+                Ok(left) => forward_policy(Ok(left)),
+                Err(error) => Some(format!(
+                    "--accept-forward: whether traffic from outside to pods gets through the firewall is not known: {error}"
+                )),
+            };
+            // Once, as long as it stays the same.
+            if text != told {
+                tell(&events, EventReason::ForwardPolicyDrop, text.clone());
+                told = text;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     });
 }
 

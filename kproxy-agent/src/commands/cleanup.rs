@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     cli::{CleanupArgs, Common},
-    devices, node,
+    devices, firewall, node,
     programs::{self, remove_clsact},
 };
 
@@ -14,17 +14,32 @@ use crate::{
 pub fn run(common: &Common, _args: &CleanupArgs) -> Result<()> {
     let root = &common.bpf_root;
     if !root.exists() {
-        println!("nothing of kproxy is here: {} does not exist", root.display());
+        match withdraw_rules() {
+            0 => println!("nothing of kproxy is here: {} does not exist", root.display()),
+            rules => println!("removed {rules} firewall rules of kproxy; {} does not exist", root.display()),
+        }
         return Ok(());
     }
     programs::check_bpf_root(root)?;
     let _lock = node::Lock::take(root, || crate::maps::kernel::owner_text(root))?;
+    let rules = withdraw_rules();
     let filters = remove_filters()?;
     let links = remove_all(&root.join("links"), |_| true)?;
     programs::remove_next(root)?;
     let maps = remove_all(root, |name| programs::pinned_maps().contains(&name))?;
-    println!("removed {links} links, {filters} filters and {maps} maps of kproxy from {}", root.display());
+    println!(
+        "removed {links} links, {filters} filters, {maps} maps and {rules} firewall rules of kproxy from {}",
+        root.display()
+    );
     Ok(())
+}
+
+/// Those of `--accept-forward`.
+fn withdraw_rules() -> usize {
+    firewall::withdraw().unwrap_or_else(|error| {
+        eprintln!("kproxy: rules of --accept-forward are left, if there are any: {error}");
+        0
+    })
 }
 
 fn remove_filters() -> Result<usize> {

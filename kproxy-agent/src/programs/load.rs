@@ -130,10 +130,12 @@ impl Programs {
     /// Beside maps of another shape (another version, other capacities) new ones are made: the programs that run
     /// keep the old ones until they are exchanged, which happens after the new ones are filled. Then call
     /// [`Programs::maps_take_place`].
-    pub fn load(root: &Path, capacities: &Capacities) -> Result<Self, LoadError> {
+    ///
+    /// Packets that are sent on to a backend get the bits of `forward_mark`; 0: none.
+    pub fn load(root: &Path, capacities: &Capacities, forward_mark: u32) -> Result<Self, LoadError> {
         check_bpf_root(root)?;
         let pins = Pins::choose(root, capacities)?;
-        load(Some(pins), capacities, &Features::probe())
+        load(Some(pins), capacities, &Features::probe(), forward_mark)
     }
 
     /// Whether the tables of Services are others than those that are pinned.
@@ -159,12 +161,12 @@ impl Programs {
 
     /// Loads every program over maps of its own, which go with it: to see whether this kernel accepts them.
     pub fn load_unpinned(capacities: &Capacities) -> Result<Self, LoadError> {
-        load(None, capacities, &Features::probe())
+        load(None, capacities, &Features::probe(), 0)
     }
 
     /// The same, as on a kernel with these features: to see what the others are given.
     pub fn load_unpinned_for(capacities: &Capacities, features: &Features) -> Result<Self, LoadError> {
-        load(None, capacities, features)
+        load(None, capacities, features, 0)
     }
 
     /// The maps and programs themselves: for test runs and measurements.
@@ -225,11 +227,17 @@ impl Programs {
     }
 }
 
-fn load(pins: Option<Pins>, capacities: &Capacities, features: &Features) -> Result<Programs, LoadError> {
+fn load(
+    pins: Option<Pins>,
+    capacities: &Capacities,
+    features: &Features,
+    forward_mark: u32,
+) -> Result<Programs, LoadError> {
     let Features { set_retval } = features;
     let set_retval = u32::from(*set_retval);
     let mut loader = EbpfLoader::new();
     loader.override_global("HAS_SET_RETVAL", &set_retval, true);
+    loader.override_global("FORWARD_MARK", &forward_mark, true);
     for name in pinned_maps() {
         if let Some(pins) = &pins {
             loader.map_pin_path(name, pins.path(name));
