@@ -69,6 +69,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
     config::programs(&args.node, &args.rules, 0, [0, 0], &[])?;
     telemetry::addresses(args)?;
+    node::demand_capabilities()?;
     let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
     let root = common.bpf_root.as_path();
     host::lift_memory_limit();
@@ -320,6 +321,9 @@ impl Agent<'_> {
         // Off the critical path: what was just written is in force already.
         if !self.syncer.settle(SystemTime::now()) {
             self.telemetry.cleanup_failed();
+        }
+        if is_first {
+            host::return_memory();
         }
         Ok(())
     }

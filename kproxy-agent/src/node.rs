@@ -13,6 +13,34 @@ use nix::fcntl::{Flock, FlockArg};
 /// The inode of the root of the machine's cgroup v2 hierarchy (kernfs numbers from 1).
 const CGROUP_ROOT_INODE: u64 = 1;
 
+/// The bits of CapEff (capabilities(7)) that the agent needs, with their numbers.
+const CAPABILITIES: [(&str, u32); 2] = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39)];
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// The capabilities that this process lacks.
+pub fn missing_capabilities() -> Vec<&'static str> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    CAPABILITIES
+        .into_iter()
+        .filter(|(name, bit)| !(has(*bit) || *name == "CAP_BPF" && has(CAP_SYS_ADMIN)))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// An error that says what to do, if this process lacks capabilities.
+pub fn demand_capabilities() -> Result<()> {
+    let missing = missing_capabilities();
+    if !missing.is_empty() {
+        bail!("{} missing: run as root, or give the pod these capabilities", missing.join(" and "));
+    }
+    Ok(())
+}
+
 /// The cgroup v2 folder whose processes are served: `given`, or the cgroup v2 mount, wherever it is.
 ///
 /// A mount point that shows the cgroup of a container (seen from inside a private cgroup namespace, its root

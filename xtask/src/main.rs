@@ -83,7 +83,7 @@ enum Command {
         #[arg(value_enum)]
         only: Option<bench::Part>,
         /// Rounds of the ratios
-        #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(40..=10_000))]
+        #[arg(long, value_name = "N", default_value_t = 150, value_parser = clap::value_parser!(u32).range(40..=10_000))]
         rounds: u32,
         /// How many Services `many` is, of ten endpoints each
         #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=16_000))]

@@ -21,6 +21,17 @@ pub fn lift_memory_limit() {
     }
 }
 
+/// Gives back to the system what loading has freed: the text of all objects and the programs' debug information are
+/// read once, and are much more than what stays.
+pub fn return_memory() {
+    // glibc alone keeps so much, and has the call.
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call has no conditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Keeps the ports that clients are masked with from being given to sockets of the host (ip-sysctl,
 /// `ip_local_reserved_ports`).
 pub fn reserve_ports(first: u32, count: u32) {

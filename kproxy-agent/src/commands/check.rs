@@ -2,7 +2,7 @@
 
 mod node;
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -11,7 +11,7 @@ use super::print;
 use crate::{
     cli::{CheckArgs, Common},
     maps::kernel::probe_batches,
-    node::cgroup_root,
+    node::{cgroup_root, demand_capabilities},
     programs::{self, Capacities, Programs, has_set_retval, has_tcx, namespace_cookie},
 };
 
@@ -50,15 +50,21 @@ struct ProgramSize {
 
 /// Prints what was found; an error if the node cannot run kproxy.
 pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
-    let (loads, programs) = loads();
+    let privileges = privileges();
+    // A kernel that does not let us ask does not say what it can do.
+    let may_ask = privileges.status == Status::Ok;
+    let asked = |check: &'static str, ask: fn() -> Finding| {
+        if may_ask { ask() } else { finding(check, Status::Warning, "not told without these capabilities") }
+    };
+    let (loads, programs) = if may_ask { loads() } else { (asked("programs", tcx), Vec::new()) };
     let checks = vec![
-        privileges(),
+        privileges,
         bpffs(&common.bpf_root),
         cgroup(args.cgroup.cgroup_root.as_deref()),
         loads,
-        set_retval(),
-        tcx(),
-        batches(),
+        asked("bpf_set_retval", set_retval),
+        asked("tcx", tcx),
+        asked("map batches", batches),
         netns_cookie(),
         node::kube_proxy(),
         node::ipvs(),
@@ -109,33 +115,13 @@ fn finding(check: &'static str, status: Status, detail: impl Into<String>) -> Fi
 fn from_result(check: &'static str, result: Result<String>) -> Finding {
     match result {
         Ok(detail) => finding(check, Status::Ok, detail),
-        Err(error) => finding(check, Status::Failed, format!("{error:#}")),
+        Err(error) => finding(check, Status::Failed, super::in_words(&error)),
     }
 }
 
-/// The bits of CapEff (capabilities(7)) that the agent needs, with their numbers.
-const CAPABILITIES: [(&str, u32); 2] = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39)];
-const CAP_SYS_ADMIN: u32 = 21;
-
 fn privileges() -> Finding {
-    let check = "privileges";
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |bit: u32| effective & (1 << bit) != 0;
-    let missing: Vec<&str> = CAPABILITIES
-        .into_iter()
-        .filter(|(name, bit)| !(has(*bit) || *name == "CAP_BPF" && has(CAP_SYS_ADMIN)))
-        .map(|(name, _)| name)
-        .collect();
-    if missing.is_empty() {
-        return finding(check, Status::Ok, "the capabilities that are needed are here");
-    }
-    let detail =
-        format!("{} missing: run as root, or give the pod these capabilities", missing.join(" and "));
-    finding(check, Status::Failed, detail)
+    let result = demand_capabilities();
+    from_result("privileges", result.map(|()| "the capabilities that are needed are here".to_owned()))
 }
 
 fn bpffs(root: &Path) -> Finding {

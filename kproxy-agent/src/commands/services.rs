@@ -38,7 +38,13 @@ pub fn run(common: &Common, args: &ServicesArgs) -> Result<()> {
         services
             .retain(|service| format!("{}/{}", service.namespace, service.name).contains(filter.as_str()));
     }
-    print::print(&List { items: services }, args.output, |list, wide| text(list, wide, now()))
+    let filter = args.filter.as_deref();
+    print::print(&List { items: services }, args.output, |list, wide| match filter {
+        Some(filter) if list.items.is_empty() => {
+            format!("No Service here has {filter:?} in its namespace/name.\n")
+        }
+        _ => text(list, wide, now()),
+    })
 }
 
 /// One frontend as the maps have it.

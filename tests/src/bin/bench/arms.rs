@@ -69,23 +69,28 @@ pub struct Took {
 /// Of each arm, what its batch took in each round.
 pub struct Rounds(Vec<Vec<Took>>);
 
+/// Before each batch. Who has slept is let run for a while on a busy machine: so all arms begin alike, whether or
+/// not the move to their place has slept.
+const REST: Duration = Duration::from_millis(4);
+
+/// Connections that begin a batch and do not count.
+const WARM: usize = 10;
+
 /// Does `batch` connections in every arm, one arm after the other, `rounds` times.
 pub fn run(arms: &[Arm], work: Work, rounds: usize, batch: usize) -> Result<Rounds> {
     pin()?;
     let home = Home::of_this_process()?;
     let mut chance = Chance(0x9e37_79b9_7f4a_7c15);
     let mut took = vec![Vec::with_capacity(rounds); arms.len()];
-    // One round more, which warms what can be warmed and does not count.
-    for round in 0..=rounds {
-        for step in 0..arms.len() {
-            // Another one begins each time: nobody always follows the same.
-            let index = (step + round) % arms.len();
-            let arm = &arms[index];
+    let mut order: Vec<usize> = (0..arms.len()).collect();
+    for _ in 0..rounds {
+        // By chance: one that always followed its like would find everything warm.
+        chance.shuffle(&mut order);
+        for index in &order {
+            let arm = &arms[*index];
             let one = self::batch(arm, work, batch, &mut chance)
                 .with_context(|| format!("{}, {work:?}", arm.name))?;
-            if round > 0 {
-                took[index].push(one);
-            }
+            took[*index].push(one);
         }
     }
     home.enter()?;
@@ -116,6 +121,10 @@ pub fn pin() -> Result<()> {
 
 fn batch(arm: &Arm, work: Work, count: usize, chance: &mut Chance) -> Result<Took> {
     arm.place.enter()?;
+    std::thread::sleep(REST);
+    for _ in 0..WARM {
+        connection(chance.among(&arm.targets), work)?;
+    }
     let targets: Vec<SocketAddrV4> = (0..count).map(|_| chance.among(&arm.targets)).collect();
     let (wall, processor) = (Instant::now(), processor_time()?);
     for target in targets {
@@ -173,13 +182,23 @@ impl Home {
 struct Chance(u64);
 
 impl Chance {
-    fn among(&mut self, targets: &[SocketAddrV4]) -> SocketAddrV4 {
+    /// Below `limit`, which is not 0.
+    fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
-        let number = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
-        let place = number as usize % targets.len().max(1);
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+    }
+
+    fn among(&mut self, targets: &[SocketAddrV4]) -> SocketAddrV4 {
+        let place = self.below(targets.len().max(1));
         targets.get(place).copied().unwrap_or(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0))
+    }
+
+    fn shuffle(&mut self, order: &mut [usize]) {
+        for place in (1..order.len()).rev() {
+            order.swap(place, self.below(place + 1));
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::options::Options;
 use crate::{print, server};
 
 /// Connections in an arm's batch.
-const BATCH: usize = 200;
+const BATCH: usize = 100;
 /// How far an A/A ratio may be off.
 const STEADY: f64 = 0.02;
 /// How long the agent with many Services may take.

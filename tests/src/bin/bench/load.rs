@@ -51,7 +51,10 @@ struct Change {
 
 /// Of the agent's process, in KiB.
 struct Memory {
+    /// Resident, with what is mapped of the maps and of the binary.
     now: u64,
+    /// Of that, what it has allocated.
+    own: u64,
     peak: u64,
 }
 
@@ -122,6 +125,8 @@ fn changes(agent: &mut Agent, folder: &Manifests, endpoints: &[Ipv4Addr]) -> Res
 }
 
 fn memory(agent: &mut Agent) -> Result<Memory> {
+    // What the load has freed is given back after the log line.
+    std::thread::sleep(Duration::from_secs(1));
     let path = format!("/proc/{}/status", agent.process().pid());
     let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     let kib = |name: &str| {
@@ -129,8 +134,7 @@ fn memory(agent: &mut Agent) -> Result<Memory> {
         line.and_then(|line| line.split_whitespace().next()?.parse().ok())
             .with_context(|| format!("no {name} in {path}"))
     };
-    // What is mapped of the maps counts as memory of the process where it was touched.
-    Ok(Memory { now: kib("VmRSS")?, peak: kib("VmHWM")? })
+    Ok(Memory { now: kib("VmRSS")?, own: kib("RssAnon")?, peak: kib("VmHWM")? })
 }
 
 /// Every pinned map and what it takes, as the kernel says.
@@ -213,12 +217,16 @@ fn print_memory(seen: &[Seen]) {
     let octets = |octets: u64| format!("{:.1} MiB", octets as f64 / f64::from(1 << 20));
     let rows: Vec<_> = seen
         .iter()
-        .map(|Seen { services, memory: Memory { now, peak }, maps, .. }| {
+        .map(|Seen { services, memory: Memory { now, own, peak }, maps, .. }| {
             let all = maps.iter().map(|(_, octets)| octets).sum();
-            vec![format!("{services} Services"), mib(*now), mib(*peak), octets(all)]
+            vec![format!("{services} Services"), mib(*now), mib(*own), mib(*peak), octets(all)]
         })
         .collect();
-    print::table("Memory", &["", "agent, after the load", "at its peak", "all pinned maps"], &rows);
+    print::table(
+        "Memory",
+        &["", "agent, after the load", "of that its own", "at its peak", "all pinned maps"],
+        &rows,
+    );
 }
 
 fn print_maps(seen: &Seen) {

@@ -11,7 +11,7 @@ Usage: cargo xtask bench [load|api|connections] [--rounds N] [--services N]
   load           only what loading and changing costs
   api            only how long a change takes from a kube-apiserver to the map
   connections    only the ratios
-  --rounds N     rounds of the ratios, 40 or more [default: 60]
+  --rounds N     rounds of the ratios, 40 or more [default: 150]
   --services N   how many Services `many` is, of ten endpoints each [default: 10000]
   --help         print this
 
@@ -38,7 +38,7 @@ pub struct Options {
 impl Options {
     /// `None`: the usage was asked for.
     pub fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Self>, String> {
-        let mut options = Self { only: None, rounds: 60, services: 10_000 };
+        let mut options = Self { only: None, rounds: 150, services: 10_000 };
         let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
