@@ -39,7 +39,9 @@ pub trait FlowTables: Tables {
     fn put_flow(&self, whole: &Conversation, role: Role);
     /// Adds or replaces one entry of a flow that is being opened or closed.
     fn put_transient(&self, whole: &Conversation, role: Role);
-    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did.
+    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did. A flow that
+    /// has ended keeps its entries for late packets only, not against another flow: else a mask's ports would be used
+    /// up by connections that are long closed.
     fn put_new(&self, whole: &Conversation, role: Role) -> bool;
     /// Removes one entry of an established flow.
     fn remove_flow(&self, whole: &Conversation, role: Role);

@@ -177,8 +177,16 @@ impl FlowTables for Kernel {
             return false;
         };
         // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
-        let taken = unsafe { maps::FLOW.get(&*key) }.is_some();
-        !taken && maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok()
+        if unsafe { maps::FLOW.get(&*key) }.is_some() {
+            return false;
+        }
+        // SAFETY: one octet, read at once.
+        let ended = unsafe { maps::FLOW_TRANSIENT.get(&*key) };
+        if ended.is_some_and(|flow| matches!(flow.state, FlowState::Closed)) {
+            // Gone already is as good: the insertion decides.
+            let _ = maps::FLOW_TRANSIENT.remove(&*key);
+        }
+        maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok()
     }
 
     #[inline(always)]

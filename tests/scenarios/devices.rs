@@ -1,8 +1,12 @@
 //! Interfaces and addresses that come and go while the agent runs.
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use aya::Ebpf;
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
 
 use crate::Scenario;
@@ -14,6 +18,8 @@ use crate::objects::{Service, cluster_ip};
 pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::pods_that_come_later_are_served", later_pods),
     ("kproxy::devices_are_chosen", chosen),
+    ("kproxy::devices_are_attached_at_once", at_once),
+    ("kproxy::devices_carry_others_programs", others),
     ("kproxy::a_cluster_ip_on_an_interface_is_left_alone", local_address),
 ];
 
@@ -103,6 +109,97 @@ fn chosen(ctx: &Context) -> Result<()> {
             Ok(())
         });
     }
+    steps.done()
+}
+
+/// From the call that makes an interface to both programs on it: a pod's first packets come soon after.
+fn at_once(ctx: &Context) -> Result<()> {
+    let cluster = Cluster::start(lab(ctx, Cni::RoutedVeth)?, &["node-a"], &[], [])?;
+    let node = cluster.node("node-a")?;
+    let mut times = Vec::new();
+    for number in 0..15 {
+        let name = format!("late{number}");
+        let start = Instant::now();
+        node.ip_command(&format!("link add {name} type veth peer name {name}p"))?;
+        eventually("programs on it", || Ok((packet_programs(node, &name)?.len() == 2).then_some(())))?;
+        times.push(start.elapsed());
+        node.ip_command(&format!("link del {name}"))?;
+    }
+    times.sort_unstable();
+    let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
+    eprintln!("  median {median:?}, longest {longest:?}");
+    // Of many, so that a machine that is busy elsewhere for a moment does not decide.
+    ensure!(median < Duration::from_millis(100), "half of the interfaces waited longer than {median:?}");
+    Ok(())
+}
+
+/// Programs of somebody else's on the same hook, before and after ours: they stay where they are, and run.
+fn others(ctx: &Context) -> Result<()> {
+    let Some(object) = std::env::var_os("KPROXY_TEST_OBJECT") else {
+        eprintln!(
+            "  skipped: KPROXY_TEST_OBJECT does not name the test object; `cargo xtask test` builds it"
+        );
+        return Ok(());
+    };
+    let lab = lab(ctx, Cni::RoutedVeth)?;
+    let node = lab.node("node-a")?.clone();
+    let web =
+        Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080).pods(&[lab.pod("a2")?]);
+    let object = std::fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
+    let mut foreign = Ebpf::load(&object)?;
+    // One that hands on, and one that lets packets pass: what stands behind that sees none.
+    let mut attach = |name: &str, order: LinkOrder| -> Result<()> {
+        let program: &mut SchedClassifier =
+            foreign.program_mut(name).context("no such program")?.try_into()?;
+        if program.fd().is_err() {
+            program.load()?;
+        }
+        node.netns().within(|| {
+            let options = TcAttachOptions::TcxOrder(order);
+            // The link goes with the object, at the end of this scenario.
+            program.attach_with_options("eth0", TcAttachType::Ingress, options)?;
+            Ok(())
+        })
+    };
+    attach("decide", LinkOrder::last())?;
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
+    let _servers = cluster.servers(&["a2"])?;
+    let client = Client::at(cluster.lab.host("client")?)?;
+    let on_eth0 = || {
+        let names = packet_programs(&node, "eth0")?;
+        Ok::<_, anyhow::Error>(names.into_iter().filter(|name| !name.starts_with("out_")).collect::<Vec<_>>())
+    };
+    let reach = || {
+        Family::BOTH.iter().try_for_each(|family| {
+            let to = SocketAddr::new(node.ip(*family), 30_080);
+            Transport::ALL.iter().try_for_each(|transport| client.reaches(*transport, to, &["a2"]))
+        })
+    };
+    let mut steps = Steps::new();
+    steps.step("one that was there first runs after ours", || {
+        let names = on_eth0()?;
+        ensure!(names.len() == 2 && names[1] == "decide", "{names:?}");
+        reach()
+    });
+    attach("empty", LinkOrder::first())?;
+    steps.step("one that comes later and puts itself first", || {
+        let names = on_eth0()?;
+        ensure!(names.len() == 3 && names[0] == "empty" && names[2] == "decide", "{names:?}");
+        reach()
+    });
+    steps.step("the order stays when the agent comes again", || {
+        let before = on_eth0()?;
+        cluster.start_agents(&["node-a"], &[])?;
+        let after = on_eth0()?;
+        ensure!(before == after, "{before:?}, then {after:?}");
+        reach()
+    });
+    steps.step("ours alone goes when the interface is excluded", || {
+        cluster.start_agents(&["node-a"], &["--exclude-devices", "eth0"])?;
+        let names = on_eth0()?;
+        ensure!(names == ["empty", "decide"], "{names:?}");
+        Ok(())
+    });
     steps.done()
 }
 

@@ -12,8 +12,11 @@ use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET, eventually};
 use crate::objects::Service;
 
-pub const SCENARIOS: &[Scenario] =
-    &[("kproxy::flows_are_listed", listed), ("kproxy::flows_outlive_other_sizes", other_sizes)];
+pub const SCENARIOS: &[Scenario] = &[
+    ("kproxy::flows_are_listed", listed),
+    ("kproxy::flows_outlive_other_sizes", other_sizes),
+    ("kproxy::flows_that_ended_free_their_ports", ended),
+];
 
 const NODE_PORT: u16 = 30_080;
 
@@ -189,4 +192,22 @@ fn other_sizes(ctx: &Context) -> Result<()> {
         Ok(())
     });
     steps.done()
+}
+
+/// Many more masked connections to one backend than there are ports for masking, one after the other, and no agent to
+/// sweep.
+fn ended(ctx: &Context) -> Result<()> {
+    const CONNECTIONS: u64 = 12_000;
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &[])).node(NodeSpec::new("node-b", 2, &["b1"])).client("client")
+    })?;
+    let far = Service::new("far", 10).tcp(80, TARGET).node_port(NODE_PORT).pods(&[lab.pod("b1")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&far])?;
+    let _servers = cluster.servers(&["b1"])?;
+    cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+    let to = SocketAddr::new(cluster.node("node-a")?.v4().into(), NODE_PORT);
+    let worker = cluster.lab.host("client")?.worker()?;
+    let report = worker.burst(BurstSpec::new(to).count(CONNECTIONS).concurrency(4).timeout_ms(10_000))?;
+    ensure!(report.failures() == 0 && report.ok == CONNECTIONS, "{report:?}");
+    Ok(())
 }

@@ -160,7 +160,10 @@ impl FlowTables for FlowView<'_> {
 
     fn put_new(&self, whole: &Conversation, role: Role) -> bool {
         let (key, flow) = entry(whole, role);
-        if self.flows.flow.borrow().contains_key(&key) || self.flows.transient.borrow().contains_key(&key) {
+        let lives = |flow: &Flow| flow.state != FlowState::Closed;
+        if self.flows.flow.borrow().contains_key(&key)
+            || self.flows.transient.borrow().get(&key).is_some_and(lives)
+        {
             return false;
         }
         self.flows.transient.borrow_mut().insert(key, flow);
