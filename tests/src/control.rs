@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::lab::Lab;
 use crate::member::Member;
@@ -158,6 +159,45 @@ impl ControlPlane {
             .input(input)
             .deadline(Duration::from_secs(30))
             .run()
+    }
+
+    /// Creates thousands of objects of one collection, as `/api/v1/namespaces/default/services`, many requests at a
+    /// time: kubectl limits itself to a few dozen a second.
+    ///
+    /// # Errors
+    /// When one is refused, or they are not done by the deadline.
+    pub fn create_many(&self, collection: &str, objects: &[Value], deadline: Duration) -> Result<()> {
+        let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
+        let mut config = String::new();
+        for object in objects {
+            if !config.is_empty() {
+                config.push_str("next\n");
+            }
+            // What is set holds until the next `next`.
+            config.push_str(&format!(
+                "url = \"{}{collection}\"\ncacert = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n\
+                 header = \"Content-Type: application/json\"\n\
+                 header = \"Accept: application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io,application/json\"\n\
+                 data-binary = \"{}\"\nfail-with-body\n\
+                 silent\nshow-error\n",
+                self.url(),
+                self.file("ca.crt").display(),
+                self.file("admin.crt").display(),
+                self.file("admin.key").display(),
+                quoted(&object.to_string()),
+            ));
+        }
+        let output = self
+            .member
+            .command("curl")?
+            .args(["--parallel", "--parallel-max", "32", "--fail-early", "--config", "-"])
+            .input(config)
+            .deadline(deadline)
+            .run()?;
+        let refusal =
+            output.stdout.split("\"message\":").nth(1).map(|rest| rest.chars().take(300).collect::<String>());
+        output.success().with_context(|| format!("the API server says: {}", refusal.unwrap_or_default()))?;
+        Ok(())
     }
 
     /// Kills the API server, as an outage; etcd keeps what it knew.

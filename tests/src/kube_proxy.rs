@@ -15,8 +15,8 @@ use crate::process::{Cmd, Process};
 /// Its name in the folder of the control plane's programs.
 const BINARY: &str = "kube-proxy";
 
-/// How long its first sync may take: half a second on an idle machine with few Services.
-const FIRST_SYNC: Duration = Duration::from_secs(60);
+/// How long its first sync may take: a second on an idle machine with few Services, half a minute with many.
+const FIRST_SYNC: Duration = Duration::from_secs(180);
 
 /// What differs from one kube-proxy to another; the rest is as in kube-proxy's defaults, apart from
 /// what would reach beyond its namespace.
@@ -80,10 +80,16 @@ impl KubeProxy {
             .arg("-v=2")
             .spawn()?;
         let mut proxy = Self { node: node.clone(), process };
-        let member = proxy.node.clone();
-        proxy.process.wait_ready("kube-proxy's first rules", FIRST_SYNC, |_| {
-            Ok((full_syncs(&member)?.iter().all(|&count| count > 0)).then_some(()))
+        // Its log, since asking costs, and it may be busy for long.
+        proxy.process.wait_ready("kube-proxy's first rules", FIRST_SYNC, |process| {
+            let log = process.stderr();
+            let is_done = |family: &str| {
+                let family = format!("ipFamily=\"{family}\"");
+                log.lines().any(|line| line.contains("SyncProxyRules complete") && line.contains(&family))
+            };
+            Ok((is_done("IPv4") && is_done("IPv6")).then_some(()))
         })?;
+        proxy.must_have_synced()?;
         Ok(proxy)
     }
 

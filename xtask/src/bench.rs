@@ -24,6 +24,8 @@ pub enum Part {
     Api,
     /// Connections through a ClusterIP as ratios to direct ones
     Connections,
+    /// The same work beside a real kube-proxy, from inside and outside, as ratios to it
+    KubeProxy,
 }
 
 /// Sets up, builds, and becomes the measurement. Returns only where that failed.
@@ -42,6 +44,13 @@ pub fn run(
     let objects = bpf::build(paths, progress, &tools.bpf)?;
     let binary = build::agent(paths, progress, &objects, Profile::Release)?;
 
+    let kubernetes = match only {
+        Some(Part::Load | Part::Connections) => None,
+        Some(Part::KubeProxy) => Some(kubernetes::ensure(paths, progress)?),
+        // The measurement says what it leaves out, and why.
+        None => kubernetes::ensure(paths, progress).ok(),
+    };
+
     let mut command = process::cargo();
     command
         .current_dir(&paths.root)
@@ -55,8 +64,12 @@ pub fn run(
         Some(Part::Load) => command.arg("load"),
         Some(Part::Api) => command.arg("api"),
         Some(Part::Connections) => command.arg("connections"),
+        Some(Part::KubeProxy) => command.arg("kube-proxy"),
         None => &mut command,
     };
+    if let Some(dir) = kubernetes {
+        command.env("KUBEBUILDER_ASSETS", dir);
+    }
     bpf::set_env(&mut command, &objects);
     // Not a child: Ctrl-C goes to the measurement, which takes its lab down, and the shell waits for it.
     let error = command.exec();

@@ -33,7 +33,7 @@ impl Place {
     }
 
     /// Moves this thread into the namespace and this process into the cgroup, which is what socket hooks see.
-    fn enter(&self) -> Result<()> {
+    pub fn enter(&self) -> Result<()> {
         setns(self.netns.as_fd(), CloneFlags::CLONE_NEWNET).context("cannot enter a network namespace")?;
         let procs = self.cgroup.join("cgroup.procs");
         fs::write(&procs, "0").with_context(|| format!("cannot write {}", procs.display()))
@@ -73,28 +73,54 @@ pub struct Rounds(Vec<Vec<Took>>);
 /// not the move to their place has slept.
 const REST: Duration = Duration::from_millis(4);
 
+/// What chance begins with, so that every run is like every other.
+const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// Connections that begin a batch and do not count.
 const WARM: usize = 10;
 
 /// Does `batch` connections in every arm, one arm after the other, `rounds` times.
 pub fn run(arms: &[Arm], work: Work, rounds: usize, batch: usize) -> Result<Rounds> {
+    let mut chance = Chance(SEED);
+    in_turn(arms, rounds, |arm| {
+        self::batch(arm, work, batch, &mut chance).with_context(|| format!("{}, {work:?}", arm.name))
+    })
+}
+
+/// Does what a batch is in every arm, one arm after the other, `rounds` times.
+pub fn in_turn<A>(arms: &[A], rounds: usize, batch: impl FnMut(&A) -> Result<Took>) -> Result<Rounds> {
     pin()?;
     let home = Home::of_this_process()?;
-    let mut chance = Chance(0x9e37_79b9_7f4a_7c15);
+    let took = all_rounds(arms, rounds, batch);
+    // Also after a failure: whoever takes a lab down ends all that is in its cgroups.
+    home.enter()?;
+    took
+}
+
+fn all_rounds<A>(arms: &[A], rounds: usize, mut batch: impl FnMut(&A) -> Result<Took>) -> Result<Rounds> {
+    let mut chance = Chance(SEED);
     let mut took = vec![Vec::with_capacity(rounds); arms.len()];
     let mut order: Vec<usize> = (0..arms.len()).collect();
     for _ in 0..rounds {
         // By chance: one that always followed its like would find everything warm.
         chance.shuffle(&mut order);
         for index in &order {
-            let arm = &arms[*index];
-            let one = self::batch(arm, work, batch, &mut chance)
-                .with_context(|| format!("{}, {work:?}", arm.name))?;
-            took[*index].push(one);
+            took[*index].push(batch(&arms[*index])?);
         }
     }
-    home.enter()?;
     Ok(Rounds(took))
+}
+
+/// What something takes.
+pub fn timed(work: impl FnOnce() -> Result<()>) -> Result<Took> {
+    let (wall, processor) = (Instant::now(), processor_time()?);
+    work()?;
+    Ok(Took { wall: wall.elapsed(), processor: processor_time()?.saturating_sub(processor) })
+}
+
+/// Lets this process begin a batch as every other one is begun.
+pub fn rest() {
+    std::thread::sleep(REST);
 }
 
 impl Rounds {
@@ -121,16 +147,15 @@ pub fn pin() -> Result<()> {
 
 fn batch(arm: &Arm, work: Work, count: usize, chance: &mut Chance) -> Result<Took> {
     arm.place.enter()?;
-    std::thread::sleep(REST);
+    rest();
     for _ in 0..WARM {
         connection(chance.among(&arm.targets), work)?;
     }
     let targets: Vec<SocketAddrV4> = (0..count).map(|_| chance.among(&arm.targets)).collect();
-    let (wall, processor) = (Instant::now(), processor_time()?);
-    for target in targets {
-        connection(target, work).with_context(|| format!("to {target}"))?;
-    }
-    Ok(Took { wall: wall.elapsed(), processor: processor_time()?.saturating_sub(processor) })
+    timed(|| {
+        let mut targets = targets.into_iter();
+        targets.try_for_each(|target| connection(target, work).with_context(|| format!("to {target}")))
+    })
 }
 
 fn connection(target: SocketAddrV4, work: Work) -> Result<()> {

@@ -6,11 +6,13 @@
 mod api;
 mod arms;
 mod connections;
+mod kube_proxy;
 mod load;
 mod objects;
 mod options;
 mod print;
 mod server;
+mod through;
 
 use std::process::ExitCode;
 
@@ -52,6 +54,16 @@ fn inside(run: &Run, options: &Options) -> ExitCode {
         }
         if options.does(Part::Connections) {
             are_steady = connections::measure(ctx, options)?;
+            ctx.forget_labs();
+        }
+        if options.does(Part::KubeProxy) {
+            match kube_proxy::binaries() {
+                Ok(assets) => are_steady &= kube_proxy::measure(ctx, options, &assets)?,
+                Err(error) if !options.must(Part::KubeProxy) => {
+                    println!("\nskipped: the comparison with kube-proxy: {error:#}");
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     });

@@ -6,11 +6,12 @@ Measures in the lab what kproxy costs, and prints tables: a first load of many S
 endpoint, memory, the size of the programs; and connections through a ClusterIP as ratios to the same
 pod asked directly, one arm after the other in every round.
 
-Usage: cargo xtask bench [load|api|connections] [--rounds N] [--services N]
+Usage: cargo xtask bench [load|api|connections|kube-proxy] [--rounds N] [--services N]
 
   load           only what loading and changing costs
   api            only how long a change takes from a kube-apiserver to the map
   connections    only the ratios
+  kube-proxy     only what a real kube-proxy is beside: ratios to it, from inside and outside
   --rounds N     rounds of the ratios, 40 or more [default: 150]
   --services N   how many Services `many` is, of ten endpoints each [default: 10000]
   --help         print this
@@ -24,6 +25,7 @@ pub enum Part {
     Load,
     Api,
     Connections,
+    KubeProxy,
 }
 
 /// How it is measured.
@@ -46,12 +48,18 @@ impl Options {
                 "load" => options.only = Some(Part::Load),
                 "api" => options.only = Some(Part::Api),
                 "connections" => options.only = Some(Part::Connections),
+                "kube-proxy" => options.only = Some(Part::KubeProxy),
                 "--rounds" => options.rounds = number(&argument, arguments.next(), 40..=10_000)?,
                 "--services" => options.services = number(&argument, arguments.next(), 1..=16_000)?,
                 _ => return Err(format!("there is no argument {argument}")),
             }
         }
         Ok(Some(options))
+    }
+
+    /// Whether it was asked for by name.
+    pub fn must(&self, part: Part) -> bool {
+        self.only == Some(part)
     }
 
     pub fn does(&self, part: Part) -> bool {
