@@ -44,20 +44,13 @@ pub fn run(
     let objects = bpf::build(paths, progress, &tools.bpf)?;
     let binary = build::agent(paths, progress, &objects, Profile::Release)?;
 
-    let kubernetes = match only {
-        Some(Part::Load | Part::Connections) => None,
-        Some(Part::KubeProxy) => Some(kubernetes::ensure(paths, progress)?),
-        // The measurement says what it leaves out, and why.
-        None => kubernetes::ensure(paths, progress).ok(),
-    };
-
     let mut command = process::cargo();
     command
         .current_dir(&paths.root)
         .args(["run", "--quiet", "--release", "--package", "kproxy-lab", "--bin", "bench", "--"])
         .args(["--rounds", &rounds.to_string(), "--services", &services.to_string()])
         .env("KPROXY_BIN", binary);
-    if only.is_none_or(|only| only == Part::Api) {
+    if only.is_none_or(|only| matches!(only, Part::Api | Part::KubeProxy)) {
         command.env("KUBEBUILDER_ASSETS", kubernetes::ensure(paths, progress)?);
     }
     match only {
@@ -67,9 +60,6 @@ pub fn run(
         Some(Part::KubeProxy) => command.arg("kube-proxy"),
         None => &mut command,
     };
-    if let Some(dir) = kubernetes {
-        command.env("KUBEBUILDER_ASSETS", dir);
-    }
     bpf::set_env(&mut command, &objects);
     // Not a child: Ctrl-C goes to the measurement, which takes its lab down, and the shell waits for it.
     let error = command.exec();
