@@ -5,6 +5,8 @@
 //! profile); needs root, and KPROXY_TEST_OBJECT from `cargo xtask build` for the
 //! program that does nothing.
 
+#[path = "../tests/packets/answers.rs"]
+mod answers;
 #[path = "../tests/packets/cluster.rs"]
 #[expect(dead_code, reason = "the tests use all of it")]
 mod cluster;

@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::{
     cli::{AgentArgs, Common},
-    devices::{self, Devices, Selection},
+    devices::{self, BridgeFrames, Devices, Selection},
     events::Events,
     firewall,
     maps::kernel::{KernelMaps, owner_text},
@@ -329,6 +329,7 @@ impl Agent<'_> {
     }
 
     fn attach(&mut self) -> Result<()> {
+        self.attached.keep_parts(&self.programs)?;
         let carries = self.programs.carries()?;
         for carry in &carries {
             carry.copy()?;
@@ -370,8 +371,11 @@ impl Agent<'_> {
                 tracing::warn!(interface = device, "has no packet programs: {error}");
             }
         }
+        if failed.is_empty() {
+            self.attached.forget_earlier_parts();
+        }
         self.failed_devices = failed;
-        if let Err(error) = self.programs.mask_addresses(&devices::mask_addresses(&self.devices)) {
+        if let Err(error) = self.programs.masks(&devices::masks(&self.devices, BridgeFrames::read())) {
             tracing::error!("clients cannot be masked on interfaces that came or changed: {error:#}");
         }
     }

@@ -13,12 +13,12 @@ use rtnetlink::{
     MulticastGroup, new_multicast_connection,
     packet_route::{
         address::AddressAttribute,
-        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        link::{InfoKind, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     },
 };
 use tokio::{sync::mpsc, time::Instant};
 
-use crate::programs::DeviceProgram;
+use crate::programs::{DeviceMask, DeviceProgram};
 
 /// Changes come in bursts (a pod's interface: five messages); they are looked at together.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -34,6 +34,8 @@ pub struct Device {
     pub is_loopback: bool,
     /// Whether it is a bridge, whose ports carry the hooks instead.
     pub is_bridge: bool,
+    /// The bridge that it is a port of, by its index.
+    pub bridge: Option<u32>,
     /// Whether it is one end of a pair whose other end is in another network namespace.
     pub leads_to_namespace: bool,
     /// Its own addresses.
@@ -79,9 +81,9 @@ pub fn local_addresses(devices: &Devices) -> BTreeSet<IpAddr> {
     devices.values().flat_map(|device| device.addresses.iter().copied()).collect()
 }
 
-/// The addresses that clients are masked with on each interface: the first of each family that others can answer
-/// to. An interface without one of a family borrows the first of another interface, as routing would.
-pub fn mask_addresses(devices: &Devices) -> BTreeMap<u32, (Option<IpAddr>, Option<IpAddr>)> {
+/// How clients are masked on each interface: with its first address of each family that others can answer to. A bridge's
+/// port has the bridge's; what has none of a family borrows the first of another interface, as routing would.
+pub fn masks(devices: &Devices, bridge_frames: BridgeFrames) -> BTreeMap<u32, DeviceMask> {
     let usable = |device: &Device, v4: bool| {
         device.addresses.iter().copied().find(|address| address.is_ipv4() == v4 && is_reachable(*address))
     };
@@ -92,8 +94,38 @@ pub fn mask_addresses(devices: &Devices) -> BTreeMap<u32, (Option<IpAddr>, Optio
     devices
         .iter()
         .filter(|(_, device)| !device.is_loopback)
-        .map(|(index, device)| (*index, (usable(device, true).or(any_v4), usable(device, false).or(any_v6))))
+        .map(|(index, device)| {
+            let bridge = device.bridge.and_then(|bridge| devices.get(&bridge));
+            let own = |v4| usable(device, v4).or_else(|| usable(bridge?, v4));
+            let mask = DeviceMask {
+                v4: own(true).or(any_v4),
+                v6: own(false).or(any_v6),
+                bridged_v4: bridge.is_some() && !bridge_frames.filtered_v4,
+                bridged_v6: bridge.is_some() && !bridge_frames.filtered_v6,
+            };
+            (*index, mask)
+        })
         .collect()
+}
+
+/// Whether frames between two ports of a bridge pass netfilter, and with it conntrack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BridgeFrames {
+    /// `net.bridge.bridge-nf-call-iptables`.
+    pub filtered_v4: bool,
+    /// `net.bridge.bridge-nf-call-ip6tables`.
+    pub filtered_v6: bool,
+}
+
+impl BridgeFrames {
+    /// As it is set in this network namespace. Without the module br_netfilter they do not.
+    pub fn read() -> Self {
+        let is_on = |name: &str| {
+            std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"))
+                .is_ok_and(|text| text.trim() != "0")
+        };
+        Self { filtered_v4: is_on("bridge-nf-call-iptables"), filtered_v6: is_on("bridge-nf-call-ip6tables") }
+    }
 }
 
 /// Neither loopback nor link-local.
@@ -164,14 +196,17 @@ pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
 fn device(link: &LinkMessage) -> Device {
     let mut name = String::new();
     let (mut is_bridge, mut is_veth, mut has_peer_namespace) = (false, false, false);
+    let (mut controller, mut is_port) = (None, false);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name.clone_from(text),
             LinkAttribute::LinkNetNsId(_) => has_peer_namespace = true,
+            LinkAttribute::Controller(index) => controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     match info {
                         LinkInfo::Kind(InfoKind::Bridge) => is_bridge = true,
+                        LinkInfo::PortKind(InfoPortKind::Bridge) => is_port = true,
                         LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit) => is_veth = true,
                         _ => {}
                     }
@@ -195,6 +230,7 @@ fn device(link: &LinkMessage) -> Device {
         },
         is_loopback: link.header.flags.contains(LinkFlags::Loopback),
         is_bridge,
+        bridge: controller.filter(|_| is_port),
         leads_to_namespace: is_veth && has_peer_namespace,
         addresses: BTreeSet::new(),
     }
@@ -236,6 +272,7 @@ mod tests {
             has_ethernet_header: Some(true),
             is_loopback: false,
             is_bridge: false,
+            bridge: None,
             leads_to_namespace: true,
             addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
         }
@@ -260,6 +297,34 @@ mod tests {
         assert_eq!(
             table,
             [("uplink", true, false), ("cali1", true, true), ("vxlan0", true, false), ("wg0", false, false)]
+        );
+    }
+
+    #[test]
+    fn a_port_masks_with_its_bridges_address() {
+        let devices: Devices = [
+            (1, Device { is_loopback: true, ..veth("lo", &["127.0.0.1"]) }),
+            (2, veth("uplink", &["192.0.2.11", "2001:db8::11"])),
+            (3, veth("cali1", &["fe80::1"])),
+            (4, Device { is_bridge: true, ..veth("cni0", &["10.244.1.1"]) }),
+            (5, Device { bridge: Some(4), ..veth("v1", &[]) }),
+        ]
+        .into();
+        let masks = masks(&devices, BridgeFrames { filtered_v4: false, filtered_v6: true });
+        let text = |address: Option<IpAddr>| address.map(|address| address.to_string());
+        let table: Vec<_> = masks
+            .iter()
+            .map(|(index, mask)| (*index, text(mask.v4), text(mask.v6), mask.bridged_v4, mask.bridged_v6))
+            .collect();
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            table,
+            [
+                (2, some("192.0.2.11"), some("2001:db8::11"), false, false),
+                (3, some("192.0.2.11"), some("2001:db8::11"), false, false),
+                (4, some("10.244.1.1"), some("2001:db8::11"), false, false),
+                (5, some("10.244.1.1"), some("2001:db8::11"), true, false),
+            ]
         );
     }
 

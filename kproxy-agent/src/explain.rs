@@ -188,7 +188,8 @@ fn backends(
         .collect();
     picked.sort_by_key(|backend| (backend.address(), backend.port()));
     // A socket that was translated sends packets from the client to the backend, which nobody touches.
-    let is_masked = |backend: &Backend| way == Way::Packet && is_masked(&side, backend, place.behind);
+    let is_masked =
+        |backend: &Backend| way == Way::Packet && is_masked(&side, backend, place.behind, &client.address);
     let answer = |backend: &Backend| BackendAnswer {
         address: std::net::SocketAddr::new(backend.address().into(), backend.port()),
         source: if is_masked(backend) { Source::Masked } else { Source::Kept },

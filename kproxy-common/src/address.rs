@@ -41,6 +41,20 @@ impl Address {
         unsafe { core::mem::transmute::<Self, [u32; 4]>(*self) }
     }
 
+    /// Copies this to `place` word by word. Of two places in memory that might overlap, the compiler would have the copy
+    /// made by a function, which not every program may call.
+    #[inline(always)]
+    pub fn copy_to(&self, place: &mut Self) {
+        let words = self.words();
+        let place = core::ptr::from_mut(place).cast::<u32>();
+        let mut i = 0;
+        while i < 4 {
+            // SAFETY: an address is four aligned words, each of which may have any value.
+            unsafe { core::ptr::write_volatile(place.add(i), words[i]) };
+            i += 1;
+        }
+    }
+
     /// The IPv4 address in network order (in memory), if this is one; for IPv6 the last four octets.
     #[inline(always)]
     pub fn v4_word(&self) -> u32 {
@@ -67,6 +81,19 @@ impl Address {
             return false;
         }
         (c == 0xffff_u32.to_be() && u32::from_be(d) >> 24 == 127) || (c == 0 && d == 1_u32.to_be())
+    }
+
+    /// Whether this can be one machine's address that others see: neither a group's (RFC 5771, RFC 4291, 2.7), nor
+    /// broadcast, loopback or unspecified.
+    #[inline(always)]
+    pub fn is_unicast(&self) -> bool {
+        let [a, b, c, d] = self.words();
+        if self.is_v4() {
+            let word = u32::from_be(d);
+            let first = word >> 24;
+            return first != 0 && first != 127 && first >> 4 != 0xe && word != u32::MAX;
+        }
+        a | b | c != 0 && u32::from_be(a) >> 24 != 0xff || a | b | c == 0 && u32::from_be(d) > 1
     }
 
     /// `::` or `::ffff:0.0.0.0`: the key under which NodePorts of this address's family are found.
@@ -202,6 +229,28 @@ mod tests {
             ("10.127.0.1", false),
         ] {
             assert_eq!(address(text).is_loopback(), is, "{text}");
+        }
+    }
+
+    #[test]
+    fn machines_have_addresses_of_their_own() {
+        for (text, is) in [
+            ("10.0.0.1", true),
+            ("0.0.0.0", false),
+            ("0.1.2.3", false),
+            ("127.0.0.1", false),
+            ("224.0.0.1", false),
+            ("239.255.255.255", false),
+            ("240.0.0.1", true),
+            ("255.255.255.255", false),
+            ("2001:db8::1", true),
+            ("::", false),
+            ("::1", false),
+            ("::2", true),
+            ("ff02::1", false),
+            ("fe80::1", true),
+        ] {
+            assert_eq!(address(text).is_unicast(), is, "{text}");
         }
     }
 

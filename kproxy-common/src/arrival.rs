@@ -13,13 +13,18 @@ pub fn client_of<T: Tables>(tables: &T, behind: ClientKind, source: &Address) ->
     behind
 }
 
-/// Whether the client is masked towards `backend`. `side` is the frontend's word for this client, `behind` as in
-/// [`client_of`].
+/// Whether the client is masked towards `backend`. `side` is the frontend's word for this client, `behind` and `source`
+/// as in [`client_of`].
 #[inline(always)]
-pub fn is_masked(side: &Side, backend: &Backend, behind: ClientKind) -> bool {
+pub fn is_masked(side: &Side, backend: &Backend, behind: ClientKind, source: &Address) -> bool {
     // What came from another node and goes to another must come back this way, also where it is a pod's.
     let is_detour = matches!(behind, ClientKind::Outside) && !backend.is_local();
-    is_detour || side.has(Options::MASQUERADE) || side.has(Options::MASQUERADE_REMOTE) && !backend.is_local()
+    // A pod that is its own backend would take a packet from its own address for a forged one.
+    let is_hairpin = backend.address() == *source;
+    is_detour
+        || is_hairpin
+        || side.has(Options::MASQUERADE)
+        || side.has(Options::MASQUERADE_REMOTE) && !backend.is_local()
 }
 
 #[inline(always)]
@@ -44,6 +49,13 @@ mod tests {
     use crate::{BackendState, Location, Mode};
 
     #[test]
+    fn a_pod_that_is_its_own_backend_is_masked() {
+        let own = Backend::new(Address::UNSPECIFIED, 80, Location::Local, BackendState::Ready, 1, 1);
+        let side = Side::new(0, 1, Mode::Forward, 0);
+        assert!(is_masked(&side, &own, ClientKind::Pod, &Address::UNSPECIFIED));
+    }
+
+    #[test]
     fn who_is_masked() {
         let backend = |location| Backend::new(Address::UNSPECIFIED, 80, location, BackendState::Ready, 1, 1);
         let (local, remote) = (backend(Location::Local), backend(Location::Remote));
@@ -58,8 +70,9 @@ mod tests {
             (Options::MASQUERADE, Pod, true, true),
             (Options::MASQUERADE, Outside, true, true),
         ] {
-            let is = (is_masked(&side(options), &local, behind), is_masked(&side(options), &remote, behind));
-            assert_eq!(is, (at_local, at_remote), "{options:#b} {behind:?}");
+            let client = Address::UNSPECIFIED_V4;
+            let is = [&local, &remote].map(|backend| is_masked(&side(options), backend, behind, &client));
+            assert_eq!(is, [at_local, at_remote], "{options:#b} {behind:?}");
         }
     }
 }

@@ -219,7 +219,7 @@ pub fn still_serves<T: Tables>(
 
 /// The frontend's number; where there is none, what follows from that.
 #[inline(always)]
-fn find<T: Tables>(tables: &T, connection: &Connection) -> Result<u32, Resolution> {
+pub(crate) fn find<T: Tables>(tables: &T, connection: &Connection) -> Result<u32, Resolution> {
     let Connection { client, destination, port, protocol } = connection;
     if let Some(number) = tables.frontend(&FrontendKey::new(*destination, *port, *protocol)) {
         return Ok(number);

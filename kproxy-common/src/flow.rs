@@ -9,6 +9,10 @@
 //! | forwarded | egress, facing the backend | C → B | source M |
 //! | return | ingress, facing the backend | B → M | destination C |
 //! | reply | egress, facing the client | B → C | source F |
+//!
+//! Where another flow between the same client and backend has the client's port already (two frontends that lead to
+//! one backend), the request's source port is written as well, and the reply's destination port back: between the two
+//! hooks the client then has another port, its *inner* one.
 
 use crate::{Address, InvalidLayout, Protocol};
 
@@ -109,8 +113,9 @@ pub struct Flow {
     pub state: FlowState,
     /// What this entry is for.
     pub role: Role,
-    /// Zero.
-    pub _pad: u16,
+    /// Where the client has two ports, host order: of a request the inner one, of all others the client's own. 0 where
+    /// it has one.
+    pub client_port: u16,
     /// The frontend's number when the flow began.
     pub number: u32,
     /// [`ServiceIdentity::service`](crate::ServiceIdentity::service) of the backend.
@@ -142,6 +147,8 @@ pub struct Conversation {
     pub backend_port: u16,
     /// The mask's port, host order; 0 while it is still to be chosen.
     pub mask_port: u16,
+    /// The client's port as this host and the backend see it, host order.
+    pub inner_port: u16,
     /// Transport protocol.
     pub protocol: Protocol,
     /// How far it has come.
@@ -167,6 +174,7 @@ impl Conversation {
         frontend_port: 0,
         backend_port: 0,
         mask_port: 0,
+        inner_port: 0,
         protocol: Protocol::Tcp,
         state: FlowState::Opening,
         number: 0,
@@ -179,31 +187,36 @@ impl Conversation {
     /// [`write_entry`](Self::write_entry).
     #[inline(never)]
     pub fn read_entry(&mut self, key: &FlowKey, flow: &Flow) {
+        let other = flow.client_port;
         match flow.role {
             Role::Request => {
                 (self.client, self.client_port) = (key.source, key.source_port);
                 (self.frontend, self.frontend_port) = (key.destination, key.destination_port);
                 (self.backend, self.backend_port) = (flow.address, flow.port);
                 (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
+                self.inner_port = if other == 0 { key.source_port } else { other };
             }
             Role::Forwarded => {
-                (self.client, self.client_port) = (key.source, key.source_port);
+                (self.client, self.inner_port) = (key.source, key.source_port);
                 (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
                 (self.backend, self.backend_port) = (key.destination, key.destination_port);
                 (self.mask, self.mask_port) = (flow.address, flow.port);
             }
             Role::Return => {
-                (self.client, self.client_port) = (flow.address, flow.port);
+                (self.client, self.inner_port) = (flow.address, flow.port);
                 (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
                 (self.backend, self.backend_port) = (key.source, key.source_port);
                 (self.mask, self.mask_port) = (key.destination, key.destination_port);
             }
             Role::Reply => {
-                (self.client, self.client_port) = (key.destination, key.destination_port);
+                (self.client, self.inner_port) = (key.destination, key.destination_port);
                 (self.frontend, self.frontend_port) = (flow.address, flow.port);
                 (self.backend, self.backend_port) = (key.source, key.source_port);
                 (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
             }
+        }
+        if !matches!(flow.role, Role::Request) {
+            self.client_port = if other == 0 { self.inner_port } else { other };
         }
         self.protocol = key.protocol;
         self.state = flow.state;
@@ -223,30 +236,33 @@ impl Conversation {
     /// together on the stack are more than a program's stack holds.
     #[inline(never)]
     pub fn write_entry(&self, role: Role, key: &mut FlowKey, flow: &mut Flow) {
-        let client = (self.client, self.client_port);
-        let frontend = (self.frontend, self.frontend_port);
-        let backend = (self.backend, self.backend_port);
-        let mask = (self.mask, self.mask_port);
+        // References, not copies on the stack: a pointer to these that stays behind in a register is refused.
+        let client = (&self.client, self.client_port);
+        let inner = (&self.client, self.inner_port);
+        let frontend = (&self.frontend, self.frontend_port);
+        let backend = (&self.backend, self.backend_port);
+        let mask = (&self.mask, self.mask_port);
         let (hook, source, destination, written, companion) = match role {
             Role::Request => (Hook::Ingress, client, frontend, backend, mask),
-            Role::Forwarded => (Hook::Egress, client, backend, mask, frontend),
-            Role::Return => (Hook::Ingress, backend, mask, client, frontend),
-            Role::Reply => (Hook::Egress, backend, client, frontend, mask),
+            Role::Forwarded => (Hook::Egress, inner, backend, mask, frontend),
+            Role::Return => (Hook::Ingress, backend, mask, inner, frontend),
+            Role::Reply => (Hook::Egress, backend, inner, frontend, mask),
         };
-        key.source = source.0;
-        key.destination = destination.0;
+        let other = if matches!(role, Role::Request) { self.inner_port } else { self.client_port };
+        key.source = *source.0;
+        key.destination = *destination.0;
         key.source_port = source.1;
         key.destination_port = destination.1;
         key.protocol = self.protocol;
         key.hook = hook;
         key._pad = 0;
-        flow.address = written.0;
-        flow.companion = companion.0;
+        flow.address = *written.0;
+        flow.companion = *companion.0;
         flow.port = written.1;
         flow.companion_port = companion.1;
         flow.state = self.state;
         flow.role = role;
-        flow._pad = 0;
+        flow.client_port = if self.inner_port == self.client_port { 0 } else { other };
         flow.number = self.number;
         flow.service = self.service;
         flow.slot = self.slot;
@@ -277,7 +293,7 @@ impl Flow {
         companion_port: 0,
         state: FlowState::Opening,
         role: Role::Request,
-        _pad: 0,
+        client_port: 0,
         number: 0,
         service: 0,
         slot: 0,
@@ -297,28 +313,31 @@ mod tests {
 
     #[test]
     fn every_entry_leads_back_to_the_whole() {
-        let whole = Conversation {
-            client: Address::from_v4_word(1),
-            frontend: Address::from_v4_word(2),
-            backend: Address::from_v4_word(3),
-            mask: Address::from_v4_word(4),
-            client_port: 40_000,
-            frontend_port: 80,
-            backend_port: 8_080,
-            mask_port: 61_000,
-            protocol: Protocol::Tcp,
-            state: FlowState::Opening,
-            number: 7,
-            service: 5,
-            slot: 9,
-            last_seen: 1,
-        };
-        for role in [Role::Request, Role::Forwarded, Role::Return, Role::Reply] {
-            let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
-            whole.write_entry(role, &mut key, &mut flow);
-            let mut read = Conversation::EMPTY;
-            read.read_entry(&key, &flow);
-            assert_eq!(read, whole, "{role:?}");
+        for inner_port in [40_000, 61_001] {
+            let whole = Conversation {
+                client: Address::from_v4_word(1),
+                frontend: Address::from_v4_word(2),
+                backend: Address::from_v4_word(3),
+                mask: Address::from_v4_word(4),
+                client_port: 40_000,
+                frontend_port: 80,
+                backend_port: 8_080,
+                mask_port: 61_000,
+                inner_port,
+                protocol: Protocol::Tcp,
+                state: FlowState::Opening,
+                number: 7,
+                service: 5,
+                slot: 9,
+                last_seen: 1,
+            };
+            for role in [Role::Request, Role::Forwarded, Role::Return, Role::Reply] {
+                let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
+                whole.write_entry(role, &mut key, &mut flow);
+                let mut read = Conversation::EMPTY;
+                read.read_entry(&key, &flow);
+                assert_eq!(read, whole, "{role:?}");
+            }
         }
     }
 }

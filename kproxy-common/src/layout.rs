@@ -41,6 +41,12 @@ pub mod map_names {
     /// Socket storage, [`SocketRecords`](crate::SocketRecords): which service addresses this socket spoke to.
     /// Written by the programs; dies with the socket.
     pub const SOCKET: &str = "socket";
+    /// Program array: the parts of the packet programs, as [`PACKET_PARTS`](super::PACKET_PARTS) orders them. Each load
+    /// of the programs has its own. A miss: the packet is left alone.
+    pub const PROGRAMS: &str = "programs";
+    /// LRU hash, [`FragmentKey`](crate::FragmentKey) to [`FragmentPorts`](crate::FragmentPorts): datagrams in
+    /// fragments, by their first. Written by the programs. A miss: a later fragment has come before it.
+    pub const FRAGMENT: &str = "fragment";
     /// LRU hash for sockets that speak to more services than their storage holds. Written by the programs.
     pub const SOCKET_OVERFLOW: &str = "socket_overflow";
     /// Array, number to [`Counters`](super::Counters). Counted by the programs, reset by the agent when the
@@ -64,6 +70,21 @@ pub mod map_names {
     /// Array with one element, [`Owner`](super::Owner): who wrote these maps, in which layout.
     pub const OWNER: &str = "owner";
 }
+
+/// The packet programs that others go on in, by their place in `programs`.
+pub const PACKET_PARTS: [&str; 11] = [
+    "in_known",
+    "in_new",
+    "in_open",
+    "in_refuse",
+    "in_odd",
+    "in_icmp",
+    "out_known",
+    "out_new",
+    "out_odd",
+    "out_icmp",
+    "dropped",
+];
 
 /// The bytes of a map do not form the value that this layout expects there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -782,7 +803,8 @@ impl Config {
 }
 
 /// Value of `device`: the addresses that clients are masked with on an interface; unspecified where it has none
-/// of a family.
+/// of a family. And for which families its clients share a bridge with this node's pods whose frames pass netfilter
+/// by: 1 where they do, so that they are masked.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DeviceAddresses {
@@ -790,6 +812,10 @@ pub struct DeviceAddresses {
     pub v4: Address,
     /// The IPv6 address.
     pub v6: Address,
+    /// Whether IPv4 clients share such a bridge.
+    pub bridged_v4: u32,
+    /// Whether IPv6 clients share such a bridge.
+    pub bridged_v6: u32,
 }
 
 /// Value of `owner`: who wrote these maps. What it says of a dead agent stays until the next one.
@@ -837,7 +863,7 @@ const _: () = {
     assert!(size_of::<Counters>() == 16);
     assert!(size_of::<ServiceInfo>() == 224);
     assert!(size_of::<Config>() == 40 + 2 * MAX_CIDRS * 20);
-    assert!(size_of::<DeviceAddresses>() == 32);
+    assert!(size_of::<DeviceAddresses>() == 40);
     assert!(size_of::<Owner>() == 96);
 };
 

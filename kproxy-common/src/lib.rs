@@ -8,6 +8,7 @@
 
 mod address;
 mod arrival;
+mod crc32c;
 mod decision;
 mod drops;
 mod flow;
@@ -18,6 +19,7 @@ mod socket;
 
 pub use address::{Address, Cidr};
 pub use arrival::{client_of, is_masked};
+pub use crc32c::crc32c_change;
 pub use decision::{
     AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,
     resolve, search, still_serves,
@@ -27,10 +29,15 @@ pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
     DeviceAddresses, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode,
-    NAME_LENGTH, Options, Owner, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side,
-    SourceRangeKey, TrafficPolicy, map_names,
+    NAME_LENGTH, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo,
+    ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
 };
-pub use packet::{FlowTables, Hit, PacketMeta, PacketVerdict, TcpFlags, on_egress, on_ingress};
+pub use packet::{
+    FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,
+    PacketMeta, PacketVerdict, Quick, TcpFlags, follow_fragment, known_egress, known_ingress, new_egress,
+    new_ingress, on_egress, on_icmp, on_ingress, on_other_protocol, open_ingress, quick_egress,
+    quick_ingress,
+};
 pub use reason::Reason;
 pub use socket::{
     ConnectedSocket, SOCKET_RECORDS, SocketIdentity, SocketRecord, SocketRecords, SocketVerdict,

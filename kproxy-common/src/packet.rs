@@ -1,17 +1,26 @@
 //! What the packet hooks do. Ingress hooks write destinations, before routing; egress hooks write sources,
 //! after it. In between the host sees ordinary packets between the client (or its mask) and the pod.
+//!
+//! [`on_ingress`] and [`on_egress`] decide about every packet, in parts that are programs of their own: what nearly all
+//! packets meet first, and which changes no table but the time of a flow's last packet; then what is for packets of a
+//! flow, or for those without.
+
+mod egress;
+mod fragment;
+mod icmp;
+mod ingress;
+mod life;
+mod mask;
+
+pub use egress::{known_egress, new_egress, on_egress, quick_egress};
+pub use fragment::{FRAGMENT_TIMEOUT, FragmentKey, FragmentPorts, follow_fragment, on_other_protocol};
+pub use icmp::{IcmpKind, IcmpMeta, IcmpVerdict, on_icmp};
+pub use ingress::{known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
 
 use crate::{
-    Address, Backend, Choice, Client, ClientKind, Connection, Conversation, Flow, FlowKey, FlowState, Hook,
-    Protocol, Reason, Resolution, Role, Tables, choose, client_of, is_masked, resolve,
+    Address, Balance, Cidr, Client, ClientKind, Connection, Conversation, Flow, FlowKey, FlowState, Hook,
+    Protocol, Reason, Resolution, Role, Tables, decision::find,
 };
-
-/// How often a flow's last packet is noted: a store a second instead of one a packet.
-const NOTE_EVERY: u64 = 1_000_000_000;
-
-/// How many ports are tried for a mask before the packet is dropped. The next packet of the same flow begins
-/// where its hash says again, but finds other ports taken and freed.
-const MASK_TRIES: u32 = 16;
 
 /// The tables of flows, beside the tables of Services.
 pub trait FlowTables: Tables {
@@ -33,8 +42,9 @@ pub trait FlowTables: Tables {
         hook: Hook,
         act: impl FnOnce(&mut Conversation) -> R,
     ) -> Option<R>;
-    /// Runs `act` on a new flow, whose contents are not yet of any meaning.
-    fn with_new(&self, act: impl FnOnce(&mut Conversation));
+    /// Runs `act` on a new flow, whose contents are not yet of any meaning; what it returns, 0 where there is no room
+    /// for one.
+    fn with_new(&self, act: impl FnOnce(&mut Conversation) -> u32) -> u32;
     /// Adds or replaces one entry of an established flow.
     fn put_flow(&self, whole: &Conversation, role: Role);
     /// Adds or replaces one entry of a flow that is being opened or closed.
@@ -43,6 +53,8 @@ pub trait FlowTables: Tables {
     /// has ended keeps its entries for late packets only, not against another flow: else a mask's ports would be used
     /// up by connections that are long closed.
     fn put_new(&self, whole: &Conversation, role: Role) -> bool;
+    /// What stands, in either table, under the key of one entry of a flow.
+    fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
     /// Removes one entry of an established flow.
     fn remove_flow(&self, whole: &Conversation, role: Role);
     /// Removes one entry of a flow that is being opened or closed.
@@ -53,6 +65,15 @@ pub trait FlowTables: Tables {
     fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64);
     /// The address, of the family of `like`, that clients are masked with on the interface `device`.
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address>;
+    /// Whether clients behind the interface `device` share a bridge with the backends of this node, which then answer
+    /// them past the host (in the family of `like`).
+    fn shares_bridge(&self, device: u32, like: &Address) -> bool;
+    /// Whether a socket of this host would get the packets that the backend sends to the flow's mask.
+    fn has_socket(&self, whole: &Conversation) -> bool;
+    /// What the first fragment of this datagram said, and when.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    /// Remembers what a first fragment says.
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
     /// Counts a new flow to a backend (`true`) or one that is left to the load balancer, for this frontend.
     fn count(&self, number: u32, forwarded: bool);
 }
@@ -66,6 +87,8 @@ pub struct Hit {
     pub last_seen: u64,
     /// See [`Flow::port`].
     pub port: u16,
+    /// See [`Flow::client_port`].
+    pub client_port: u16,
     /// See [`Flow::state`].
     pub state: FlowState,
     /// See [`Flow::role`].
@@ -75,12 +98,31 @@ pub struct Hit {
 impl From<&Flow> for Hit {
     #[inline(always)]
     fn from(flow: &Flow) -> Self {
-        let Flow { address, last_seen, port, state, role, .. } = *flow;
-        Self { address, last_seen, port, state, role }
+        let Flow { address, last_seen, port, client_port, state, role, .. } = *flow;
+        Self { address, last_seen, port, client_port, state, role }
     }
 }
 
-/// TCP's flags, as far as flows need them; none set for other protocols.
+impl Hit {
+    /// The client's port, where it is to be written beside the address; else 0.
+    #[inline(always)]
+    fn written_client_port(&self) -> u16 {
+        if matches!(self.role, Role::Request | Role::Reply) { self.client_port } else { 0 }
+    }
+
+    #[inline(always)]
+    fn set_destination(&self) -> Decision {
+        Decision::to(self.address, self.port, self.written_client_port())
+    }
+
+    #[inline(always)]
+    fn set_source(&self) -> Decision {
+        Decision { what: What::SetSource, ..self.set_destination() }
+    }
+}
+
+/// TCP's flags, as far as flows need them; none set for UDP. SCTP's chunks are told by what they come to: INIT opens as
+/// SYN does, ABORT and SHUTDOWN COMPLETE end as RST does, all others are as ACK.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct TcpFlags {
     /// Octet 13 of the TCP header (RFC 9293, 3.1).
@@ -93,6 +135,19 @@ impl TcpFlags {
     const RST: u8 = 1 << 2;
     const ACK: u8 = 1 << 4;
 
+    /// What the type of an SCTP packet's first chunk comes to (RFC 9260, 3.2).
+    #[inline(always)]
+    pub const fn of_sctp_chunk(kind: u8) -> Self {
+        let bits = match kind {
+            // INIT.
+            1 => Self::SYN,
+            // ABORT, SHUTDOWN COMPLETE.
+            6 | 14 => Self::RST,
+            _ => Self::ACK,
+        };
+        Self { bits }
+    }
+
     #[inline(always)]
     fn opens(self) -> bool {
         self.bits & (Self::SYN | Self::ACK | Self::RST | Self::FIN) == Self::SYN
@@ -101,6 +156,12 @@ impl TcpFlags {
     #[inline(always)]
     fn has(self, bit: u8) -> bool {
         self.bits & bit != 0
+    }
+
+    /// Whether this is a packet in the middle of a connection, after which it stands as before.
+    #[inline(always)]
+    fn changes_nothing(self) -> bool {
+        self.bits & (Self::SYN | Self::RST | Self::FIN) == 0
     }
 }
 
@@ -119,6 +180,8 @@ pub struct PacketMeta {
     pub protocol: Protocol,
     /// TCP's flags.
     pub tcp: TcpFlags,
+    /// Whether this is a fragment that has no ports itself: they are those of the datagram's first.
+    pub is_later_fragment: bool,
 }
 
 /// What is done with a packet. It is reached before the first octet is written.
@@ -128,74 +191,100 @@ pub enum PacketVerdict {
     Pass { reason: Reason },
     /// Is dropped.
     Drop { reason: Reason },
-    /// Goes on to this destination.
-    SetDestination { address: Address, port: u16 },
-    /// Goes on as coming from this source.
-    SetSource { address: Address, port: u16 },
+    /// Is answered with a refusal: a TCP reset, or ICMP's port unreachable.
+    Refuse { reason: Reason },
+    /// Goes on to this destination; from this source port, unless it is 0.
+    SetDestination { address: Address, port: u16, client_port: u16 },
+    /// Goes on as coming from this source; to this destination port, unless it is 0.
+    SetSource { address: Address, port: u16, client_port: u16 },
 }
 
-/// A packet that comes in by an interface behind which clients of this kind live.
-///
-/// A flow keeps its backend while it lives. Only a TCP SYN or a datagram opens one: other TCP without a flow
-/// passes, so that taking over from another proxy cuts nothing.
-#[inline(always)]
-pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> PacketVerdict {
-    if let Some(flow) = tables.flow(packet, Hook::Ingress) {
-        // A SYN on an established flow is a new connection from a port that the client uses again.
-        if !packet.tcp.opens() {
-            advance(tables, packet, Hook::Ingress, &flow);
-            return PacketVerdict::SetDestination { address: flow.address, port: flow.port };
-        }
-        retire(tables, packet, Hook::Ingress);
-    } else if let Some(flow) = tables.transient(packet, Hook::Ingress)
-        && (!packet.tcp.opens() || matches!(flow.state, FlowState::Opening))
-    {
-        return PacketVerdict::SetDestination { address: flow.address, port: flow.port };
-    }
-    if matches!(packet.protocol, Protocol::Tcp) && !packet.tcp.opens() {
-        return PacketVerdict::Pass { reason: Reason::NoFlow };
-    }
-    open(tables, packet, client)
+/// What the first part of the decision says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Quick {
+    /// That is all.
+    Verdict(PacketVerdict),
+    /// The packet is one of a flow: the part for these decides.
+    Known,
+    /// The packet has no flow, or begins one anew: the part for these decides.
+    New,
 }
 
-/// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
-/// answer of a backend, perhaps something of this host that should have been translated before it got here.
-#[inline(always)]
-pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
-    if let Some(flow) = tables.flow(packet, Hook::Egress) {
-        advance(tables, packet, Hook::Egress, &flow);
-        return PacketVerdict::SetSource { address: flow.address, port: flow.port };
+/// What is said about a packet without a flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum New {
+    /// That is all.
+    Verdict(PacketVerdict),
+    /// It opens a flow to one of these backends: the part for that decides.
+    Open(Balance),
+}
+
+impl Quick {
+    #[inline(always)]
+    fn decided(decision: Decision) -> Self {
+        Self::Verdict(decision.into())
     }
-    if let Some(mut flow) = tables.transient(packet, Hook::Egress) {
-        if matches!(flow.role, Role::Reply) {
-            establish(tables, packet);
-        } else if flow.port == 0 {
-            let reason = mask(tables, packet, device, &mut flow);
-            if !matches!(reason, Reason::Forwarded) {
-                return PacketVerdict::Drop { reason };
-            }
-        }
-        return PacketVerdict::SetSource { address: flow.address, port: flow.port };
+}
+
+/// A verdict while it is being found. All fields always have a value: where they would be undefined in some cases, as in
+/// an enum's other variants, the compiler copies undefined registers, which verifiers refuse.
+#[derive(Clone, Copy)]
+struct Decision {
+    what: What,
+    reason: Reason,
+    port: u16,
+    client_port: u16,
+    address: Address,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Pass,
+    Drop,
+    Refuse,
+    SetDestination,
+    SetSource,
+}
+
+impl Decision {
+    #[inline(always)]
+    fn of(what: What, reason: Reason) -> Self {
+        // Not all zeroes, which a function would write.
+        Self { what, reason, port: 0, client_port: 0, address: Address::from_v4_word(0) }
     }
-    if matches!(packet.protocol, Protocol::Tcp) && !packet.tcp.opens() {
-        return PacketVerdict::Pass { reason: Reason::NoFlow };
+
+    #[inline(always)]
+    fn pass(reason: Reason) -> Self {
+        Self::of(What::Pass, reason)
     }
-    // Pods' and strangers' packets were decided about where they came in: what is still addressed to a
-    // service here was sent by this host.
-    match resolve(tables, &packet.connection(ClientKind::Host)) {
-        Resolution::Drop { reason, .. } => PacketVerdict::Drop { reason },
-        Resolution::Reject { reason: Reason::UndefinedPort, .. } => {
-            PacketVerdict::Drop { reason: Reason::Unserved }
+
+    #[inline(always)]
+    fn drop(reason: Reason) -> Self {
+        Self::of(What::Drop, reason)
+    }
+
+    #[inline(always)]
+    fn refuse(reason: Reason) -> Self {
+        Self::of(What::Refuse, reason)
+    }
+
+    #[inline(always)]
+    fn to(address: Address, port: u16, client_port: u16) -> Self {
+        Self { what: What::SetDestination, reason: Reason::Forwarded, port, client_port, address }
+    }
+}
+
+impl From<Decision> for PacketVerdict {
+    #[inline(always)]
+    fn from(decision: Decision) -> Self {
+        let Decision { what, reason, port, client_port, address } = decision;
+        match what {
+            What::Pass => Self::Pass { reason },
+            What::Drop => Self::Drop { reason },
+            What::Refuse => Self::Refuse { reason },
+            What::SetDestination => Self::SetDestination { address, port, client_port },
+            What::SetSource => Self::SetSource { address, port, client_port },
         }
-        Resolution::Balance(_) | Resolution::Reject { .. }
-            if in_service_cidr(tables, &packet.destination) =>
-        {
-            PacketVerdict::Drop { reason: Reason::Unserved }
-        }
-        Resolution::Balance(_) | Resolution::Reject { .. } => {
-            PacketVerdict::Pass { reason: Reason::Unserved }
-        }
-        Resolution::Pass { reason, .. } => PacketVerdict::Pass { reason },
     }
 }
 
@@ -203,8 +292,8 @@ impl PacketMeta {
     /// Writes the key under which this packet's entry stands at `hook`.
     #[inline(always)]
     pub fn write_key(&self, hook: Hook, key: &mut FlowKey) {
-        key.source = self.source;
-        key.destination = self.destination;
+        self.source.copy_to(&mut key.source);
+        self.destination.copy_to(&mut key.destination);
         key.source_port = self.source_port;
         key.destination_port = self.destination_port;
         key.protocol = self.protocol;
@@ -220,6 +309,13 @@ impl PacketMeta {
             port: self.destination_port,
             protocol: self.protocol,
         }
+    }
+
+    /// Whether a packet without a flow can begin one. Of connections only what opens them, so that taking over from
+    /// another proxy cuts nothing.
+    #[inline(always)]
+    fn may_open(&self) -> bool {
+        matches!(self.protocol, Protocol::Udp) || self.tcp.opens()
     }
 
     /// Uniform over 32-bit numbers, the same for every packet of a 5-tuple: a SYN that is sent again and
@@ -250,182 +346,15 @@ impl PacketMeta {
     }
 }
 
+/// A packet without a flow that no Service has anything to do with, as nearly all that have none.
 #[inline(always)]
-fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, behind_device: ClientKind) -> PacketVerdict {
-    let kind = client_of(tables, behind_device, &packet.source);
-    let connection = packet.connection(kind);
-    let balance = match resolve(tables, &connection) {
-        Resolution::Pass { reason, number } => {
-            if let (Reason::PassThrough, Some(number), ClientKind::Outside) = (reason, number, kind) {
-                tables.count(number, false);
-            }
-            return PacketVerdict::Pass { reason };
+fn quick_stranger<T: Tables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> Quick {
+    match find(tables, &packet.connection(client)) {
+        Err(Resolution::Pass { reason: Reason::NotAService, .. }) => {
+            Quick::decided(Decision::pass(Reason::NotAService))
         }
-        // Refusals of packets are not sent yet: the client sees silence instead.
-        Resolution::Reject { reason, .. } | Resolution::Drop { reason, .. } => {
-            return PacketVerdict::Drop { reason };
-        }
-        Resolution::Balance(balance) => balance,
-    };
-    let Some(config) = tables.config() else {
-        return PacketVerdict::Pass { reason: Reason::NotAService };
-    };
-    let Some(Choice { backend, slot }) =
-        choose(tables, &balance, &connection.client, packet.hash(config.hash_seed))
-    else {
-        return PacketVerdict::Drop { reason: Reason::TableError };
-    };
-    let is_masked = is_masked(&balance.side, &backend, behind_device);
-    begin(tables, packet, &backend, balance.number, slot, is_masked);
-    PacketVerdict::SetDestination { address: backend.address(), port: backend.port() }
-}
-
-/// Enters a new flow. A function of its own, as are those below: its stack is then not needed at the same time as
-/// its callers'. Their signatures hold no enums with data, which BTF has no form for.
-#[inline(never)]
-fn begin<T: FlowTables>(
-    tables: &T,
-    packet: &PacketMeta,
-    backend: &Backend,
-    number: u32,
-    slot: u32,
-    is_masked: bool,
-) {
-    tables.with_new(|flow| {
-        flow.client = packet.source;
-        flow.frontend = packet.destination;
-        flow.backend = backend.address();
-        flow.mask = packet.source;
-        flow.client_port = packet.source_port;
-        flow.frontend_port = packet.destination_port;
-        flow.backend_port = backend.port();
-        flow.mask_port = 0;
-        flow.protocol = packet.protocol;
-        flow.state = FlowState::Opening;
-        flow.number = number;
-        flow.service = backend.service();
-        flow.slot = slot;
-        flow.last_seen = tables.now();
-        tables.put_transient(flow, Role::Request);
-        // Where the packet leaves, and so with which address it is masked, routing decides: the port 0 asks for it.
-        tables.put_transient(flow, if is_masked { Role::Forwarded } else { Role::Reply });
-    });
-    tables.count(number, true);
-}
-
-/// The first packet of a flow to be masked has come to the interface that it leaves by: gives it a port that no
-/// other flow to the same backend has, and completes the flow's entries.
-#[inline(never)]
-fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, masked: &mut Hit) -> Reason {
-    let Some(config) = tables.config() else {
-        return Reason::NoMaskAddress;
-    };
-    let Some(address) = tables.mask_address(device, &packet.source) else {
-        return Reason::NoMaskAddress;
-    };
-    let (first, count) = (config.mask_ports_first, config.mask_ports_count);
-    let start = packet.hash(config.hash_seed);
-    let found = tables.with_transient(packet, Hook::Egress, |flow| {
-        flow.mask = address;
-        let mut tries = 0;
-        while tries < MASK_TRIES {
-            // An odd step, so that two flows that meet at one port part at the next.
-            let offset = start.wrapping_add(tries.wrapping_mul(start.rotate_left(16) | 1));
-            let port = first.wrapping_add(((u64::from(offset) * u64::from(count)) >> 32) as u32);
-            flow.mask_port = port as u16;
-            if tables.put_new(flow, Role::Return) {
-                tables.put_transient(flow, Role::Request);
-                tables.put_transient(flow, Role::Forwarded);
-                tables.put_transient(flow, Role::Reply);
-                masked.address = address;
-                masked.port = flow.mask_port;
-                return true;
-            }
-            tries += 1;
-        }
-        false
-    });
-    match found {
-        Some(true) => Reason::Forwarded,
-        Some(false) => Reason::MaskPortsExhausted,
-        None => Reason::NoFlow,
+        _ => Quick::New,
     }
-}
-
-/// The backend has answered: the entries move to the table of established flows, where a flood of openings
-/// cannot push them out. An answer that closes at once (RST) leaves them where they are.
-#[inline(never)]
-fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
-    if packet.tcp.has(TcpFlags::RST) {
-        return;
-    }
-    tables.with_transient(packet, Hook::Egress, |flow| {
-        if matches!(flow.state, FlowState::Closed) {
-            return;
-        }
-        flow.state = FlowState::Established;
-        flow.last_seen = tables.now();
-        let promote = |role| {
-            tables.put_flow(flow, role);
-            tables.remove_transient(flow, role);
-        };
-        promote(Role::Request);
-        promote(Role::Reply);
-        if flow.is_masked() {
-            promote(Role::Forwarded);
-            promote(Role::Return);
-        }
-    });
-}
-
-/// Notes a packet of an established flow, and retires the flow when it ends.
-#[inline(always)]
-fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
-    let leads = matches!(flow.role, Role::Request | Role::Reply);
-    if leads && matches!(packet.protocol, Protocol::Tcp) {
-        if packet.tcp.has(TcpFlags::RST) {
-            return retire(tables, packet, hook);
-        }
-        if packet.tcp.has(TcpFlags::FIN) {
-            return finish(tables, packet, hook);
-        }
-    }
-    let now = tables.now();
-    if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
-        tables.note(packet, hook, flow.state, now);
-    }
-}
-
-/// One direction has sent its FIN; with the other's the flow ends.
-#[inline(never)]
-fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
-    let other = if matches!(hook, Hook::Ingress) { Role::Reply } else { Role::Request };
-    let other = tables.with_flow(packet, hook, |flow| tables.state_of(flow, other));
-    match other {
-        Some(Some(FlowState::Opening | FlowState::Established)) => {
-            tables.note(packet, hook, FlowState::Finished, tables.now());
-        }
-        Some(Some(FlowState::Finished | FlowState::Closed) | None) => retire(tables, packet, hook),
-        None => {}
-    }
-}
-
-/// A flow that ends goes back to the transient table, since its last acknowledgements are still to come.
-#[inline(never)]
-fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
-    tables.with_flow(packet, hook, |flow| {
-        flow.state = FlowState::Closed;
-        let demote = |role| {
-            tables.put_transient(flow, role);
-            tables.remove_flow(flow, role);
-        };
-        demote(Role::Request);
-        demote(Role::Reply);
-        if flow.is_masked() {
-            demote(Role::Forwarded);
-            demote(Role::Return);
-        }
-    });
 }
 
 #[inline(always)]
@@ -434,7 +363,7 @@ fn in_service_cidr<T: Tables>(tables: &T, address: &Address) -> bool {
 }
 
 #[inline(always)]
-fn any_contains(cidrs: &[crate::Cidr], address: &Address) -> bool {
+fn any_contains(cidrs: &[Cidr], address: &Address) -> bool {
     for cidr in cidrs {
         if cidr.is_none() {
             return false;

@@ -62,6 +62,20 @@ reasons! {
     NoFlow = 17, "no-flow";
     /// No port was free to mask the client with, towards this backend.
     MaskPortsExhausted = 18, "mask-ports-exhausted";
+    /// A later fragment that came before its datagram's first, or whose first was not sent on.
+    EarlyFragment = 19, "early-fragment";
+    /// From an address or port that nobody can have: a group's, a loopback device's, the destination's own, port 0.
+    HostileSource = 20, "hostile-source";
+    /// An ICMP redirect about a translated flow: whoever believed it would lose the Service.
+    IcmpRedirect = 21, "icmp-redirect";
+    /// An ICMP error about a translated packet, translated as well.
+    IcmpTranslated = 22, "icmp-translated";
+    /// An echo request to a ClusterIP, answered.
+    EchoAnswered = 23, "echo-answered";
+    /// To be refused, but this processor has sent as many refusals this second as it may.
+    RefusalsLimited = 24, "refusals-limited";
+    /// A packet program's second part is not there: the packet was left alone.
+    ProgramMissing = 25, "program-missing";
 }
 
 #[cfg(test)]

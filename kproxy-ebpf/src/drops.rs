@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::BPF_RB_NO_WAKEUP,
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
 };
-use kproxy_common::{Address, DropEvent, DropPath, PacketMeta, Protocol, Reason};
+use kproxy_common::{Address, DropEvent, DropPath, IcmpMeta, PacketMeta, Protocol, Reason};
 
 use crate::maps;
 
@@ -19,6 +19,20 @@ pub fn packet(packet: &PacketMeta, device: u32, reason: u32, refused: u32) {
         event.describe(packet);
         event.device = device;
         event.refused = refused as u8;
+    });
+}
+
+/// An ICMP message that is dropped: as [`packet`], without ports.
+#[inline(never)]
+pub fn message(message: &IcmpMeta, device: u32, reason: u32) {
+    let Some(now) = listened_to() else {
+        return;
+    };
+    write(DropPath::Packet, now, reason, |event| {
+        event.source = message.source;
+        event.destination = message.destination;
+        event.protocol = if message.source.is_v4() { 1 } else { 58 };
+        event.device = device;
     });
 }
 

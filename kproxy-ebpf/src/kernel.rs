@@ -1,10 +1,14 @@
 //! The decision's tables, as the kernel holds them.
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_ktime_get_ns};
+use aya_ebpf::{
+    bindings::{__sk_buff, bpf_sock_tuple},
+    btf_maps::lpm_trie::Key,
+    helpers::{bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+};
 use kproxy_common::{
     Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation, Flow,
-    FlowKey, FlowState, FlowTables, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side,
-    SourceRangeKey, Tables, Wanted, search,
+    FlowKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Protocol,
+    Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
 use crate::maps;
@@ -12,10 +16,24 @@ use crate::maps;
 const ANY: u64 = 0;
 const NOEXIST: u64 = 1;
 
+/// In which network namespace sockets are looked up: that of the packet's device.
+const THIS_NAMESPACE: u64 = u64::MAX;
+
+/// The kernel's maps, and, for a packet, its host's sockets.
+pub struct Kernel {
+    skb: *mut __sk_buff,
+}
+
 /// The kernel's maps.
-pub struct Kernel;
+pub const KERNEL: Kernel = Kernel { skb: core::ptr::null_mut() };
 
 impl Kernel {
+    /// The maps, and the sockets of the host that has this packet.
+    #[inline(always)]
+    pub const fn of(skb: *mut __sk_buff) -> Self {
+        Self { skb }
+    }
+
     /// One of the four words of a service entry, read at once.
     #[inline(always)]
     fn word(number: u32, index: usize) -> Option<u64> {
@@ -149,9 +167,10 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn with_new(&self, act: impl FnOnce(&mut Conversation)) {
-        if let Some(scratch) = Scratch::get() {
-            act(&mut scratch.whole);
+    fn with_new(&self, act: impl FnOnce(&mut Conversation) -> u32) -> u32 {
+        match Scratch::get() {
+            Some(scratch) => act(&mut scratch.whole),
+            None => 0,
         }
     }
 
@@ -190,6 +209,15 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
+        let Entry { key, .. } = Entry::of(whole, role)?;
+        // SAFETY: as for `flow`.
+        let found = unsafe { maps::FLOW.get(&*key) };
+        // SAFETY: as for `flow`.
+        found.or_else(|| unsafe { maps::FLOW_TRANSIENT.get(&*key) }).map(Hit::from)
+    }
+
+    #[inline(always)]
     fn remove_flow(&self, whole: &Conversation, role: Role) {
         if let Some(Entry { key, .. }) = Entry::of(whole, role) {
             // Gone already is as good.
@@ -217,6 +245,33 @@ impl FlowTables for Kernel {
         let addresses = unsafe { maps::DEVICE.get(device) }?;
         let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
         (!address.is_unspecified()).then_some(address)
+    }
+
+    #[inline(always)]
+    fn shares_bridge(&self, device: u32, like: &Address) -> bool {
+        // SAFETY: as for `mask_address`.
+        let Some(addresses) = (unsafe { maps::DEVICE.get(device) }) else {
+            return false;
+        };
+        let bridged = if like.is_v4() { addresses.bridged_v4 } else { addresses.bridged_v6 };
+        bridged != 0
+    }
+
+    #[inline(always)]
+    fn has_socket(&self, whole: &Conversation) -> bool {
+        !self.skb.is_null() && has_socket(self.skb, whole)
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        // SAFETY: copied at once; should the element be reused just then, the fragment finds no flow.
+        unsafe { maps::FRAGMENT.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
+        // Without room the rest of the datagram is lost, as it is without a first fragment.
+        let _ = maps::FRAGMENT.insert(key, ports, ANY);
     }
 
     #[inline(always)]
@@ -287,6 +342,41 @@ impl Entry {
     }
 }
 
+/// Whether a socket of this host would get what the flow's backend sends to its mask. A listening one counts too: it
+/// would answer.
+#[inline(never)]
+fn has_socket(skb: *mut __sk_buff, whole: &Conversation) -> bool {
+    // SAFETY: a tuple is words only, for which zero is a value.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let (from, to) = (whole.backend_port.to_be(), whole.mask_port.to_be());
+    let size = if whole.mask.is_v4() {
+        // SAFETY: all of the union's forms are words.
+        let v4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
+        (v4.saddr, v4.daddr) = (whole.backend.v4_word(), whole.mask.v4_word());
+        (v4.sport, v4.dport) = (from, to);
+        12
+    } else {
+        // SAFETY: as above.
+        let v6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
+        (v6.saddr, v6.daddr) = (whole.backend.words(), whole.mask.words());
+        (v6.sport, v6.dport) = (from, to);
+        36
+    };
+    // SAFETY: the tuple is longer than the size that the helpers are told; what they return is given back.
+    unsafe {
+        let socket = match whole.protocol {
+            Protocol::Tcp => bpf_skc_lookup_tcp(skb.cast(), &raw mut tuple, size, THIS_NAMESPACE, 0),
+            Protocol::Udp => bpf_sk_lookup_udp(skb.cast(), &raw mut tuple, size, THIS_NAMESPACE, 0),
+            Protocol::Sctp => core::ptr::null_mut(),
+        };
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast());
+    }
+    true
+}
+
 /// The search for a backend that may have moved, as a global function: the verifier checks its loop once, and
 /// not again for every state of every caller. Its arguments are scalars, which is all that kernels before 5.12
 /// accept there.
@@ -301,7 +391,7 @@ extern "C" fn locate_backend(high: u64, low: u64, service_and_port: u64, range: 
         first: (range >> 32) as u32,
         count: range as u16,
     };
-    match search(&Kernel, &wanted) {
+    match search(&KERNEL, &wanted) {
         Some(slot) => u64::from(slot),
         None => u64::MAX,
     }

@@ -3,13 +3,13 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
-    DeviceAddresses, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FrontendKey, Owner,
-    Reason, ServiceEntry, ServiceInfo, SocketRecords,
+    DeviceAddresses, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
+    FragmentPorts, FrontendKey, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo, SocketRecords,
 };
 
 const FRONTENDS: usize = 32_768;
@@ -79,6 +79,8 @@ pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, FLOWS> = LruHashMap:
 pub static FLOW: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
 #[btf_map(name = "flow_transient")]
 pub static FLOW_TRANSIENT: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
+#[btf_map(name = "fragment")]
+pub static FRAGMENT: LruHashMap<FragmentKey, FragmentPorts, 16_384> = LruHashMap::new();
 #[btf_map(name = "socket")]
 pub static SOCKET: SkStorage<SocketRecords> = SkStorage::new();
 #[btf_map(name = "socket_overflow")]
@@ -100,6 +102,13 @@ pub static CONFIG: Array<Config, 1, MAPPED> = Array::new();
 pub static SCRATCH: PerCpuArray<[u64; size_of::<Scratch>().div_ceil(8)], 1> = PerCpuArray::new();
 #[btf_map(name = "entry")]
 pub static ENTRY: PerCpuArray<[u64; size_of::<FlowEntry>().div_ceil(8)], 1> = PerCpuArray::new();
+#[btf_map(name = "parsed")]
+pub static PARSED: PerCpuArray<[u64; 12], 1> = PerCpuArray::new();
+#[btf_map(name = "refusal")]
+pub static REFUSAL: PerCpuArray<[u64; 32], 1> = PerCpuArray::new();
+// Filled by the agent before it attaches; see `kproxy_common::PACKET_PARTS`.
+#[btf_map(name = "programs")]
+pub static PROGRAMS: ProgramArray<{ PACKET_PARTS.len() }> = ProgramArray::new();
 #[btf_map(name = "device")]
 pub static DEVICE: HashMap<u32, DeviceAddresses, 4_096> = HashMap::new();
 #[btf_map(name = "owner")]

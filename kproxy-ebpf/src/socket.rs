@@ -15,7 +15,7 @@ use kproxy_common::{
 use crate::{
     count::count_reason,
     drops,
-    kernel::Kernel,
+    kernel::KERNEL,
     maps::{self, OverflowKey, OverflowValue},
 };
 
@@ -104,7 +104,7 @@ trait Call {
         };
         // SAFETY: the helper takes the program's own context.
         let netns_cookie = unsafe { bpf_get_netns_cookie(self.ctx().as_ptr()) };
-        let is_host = match Kernel.config() {
+        let is_host = match KERNEL.config() {
             Some(config) if config.host_netns_cookie == 0 => {
                 // SAFETY: without a context the helper tells the initial namespace's cookie.
                 netns_cookie == unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
@@ -217,7 +217,7 @@ fn connect(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    let verdict = socket_connection(&Kernel, &connection, None, random);
+    let verdict = socket_connection(&KERNEL, &connection, None, random);
     count(&verdict);
     match verdict {
         SocketVerdict::Leave { .. } => {
@@ -237,7 +237,7 @@ fn connect(call: &impl Call) -> i32 {
             GO_ON
         }
         SocketVerdict::Translate { record, fresh: _ } => {
-            let peer_wanted = Kernel.config().is_some_and(|config| config.remember_peer != 0);
+            let peer_wanted = KERNEL.config().is_some_and(|config| config.remember_peer != 0);
             if (peer_wanted || matches!(connection.protocol, Protocol::Udp))
                 && let Some(records) = call.records_or_new()
             {
@@ -254,7 +254,7 @@ fn sendmsg(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    let verdict = socket_connection(&Kernel, &connection, call.records(), random);
+    let verdict = socket_connection(&KERNEL, &connection, call.records(), random);
     count(&verdict);
     match verdict {
         SocketVerdict::Leave { .. } => GO_ON,
@@ -311,7 +311,7 @@ fn count(verdict: &SocketVerdict) {
     };
     count_reason(reason);
     if let (Reason::PassThrough | Reason::Forwarded, Some(number)) = (reason, number) {
-        Kernel.count(number, matches!(reason, Reason::Forwarded));
+        KERNEL.count(number, matches!(reason, Reason::Forwarded));
     }
 }
 

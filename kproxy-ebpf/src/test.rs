@@ -8,6 +8,7 @@
     reason = "a key that is passed by value is copied to the stack, which has no room for it"
 )]
 
+#[expect(dead_code, reason = "of packets these here decide nothing")]
 mod kernel;
 #[expect(dead_code, reason = "the maps are those of the programs, of which these here use some")]
 mod maps;
@@ -19,7 +20,7 @@ use aya_ebpf::{
     macros::{btf_map, classifier},
     programs::TcContext,
 };
-use kernel::Kernel;
+use kernel::KERNEL;
 use kproxy_common::{Address, Choice, Client, ClientKind, Connection, Protocol, Resolution, choose, resolve};
 
 /// A connection to decide about. 64 octets, as the test writes them.
@@ -84,8 +85,8 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
         port: 80,
         protocol: Protocol::Tcp,
     };
-    let seen = match resolve(&Kernel, &connection) {
-        Resolution::Balance(balance) => match choose(&Kernel, &balance, &connection.client, pick) {
+    let seen = match resolve(&KERNEL, &connection) {
+        Resolution::Balance(balance) => match choose(&KERNEL, &balance, &connection.client, pick) {
             Some(Choice { backend, .. }) => {
                 let (port, end) =
                     (u32::from(backend.port()), u32::from_be(backend.address().v4_word()) & 0xff);
@@ -144,13 +145,13 @@ fn answer_of(question: &Question) -> Option<Answer> {
         answer.reason = reason as u32;
         answer.number = number.unwrap_or(u32::MAX);
     };
-    match resolve(&Kernel, &connection) {
+    match resolve(&KERNEL, &connection) {
         Resolution::Pass { reason, number } => refuse(1, reason, number),
         Resolution::Reject { reason, number } => refuse(2, reason, number),
         Resolution::Drop { reason, number } => refuse(3, reason, number),
         Resolution::Balance(balance) => {
             answer.number = balance.number;
-            match choose(&Kernel, &balance, &connection.client, question.pick) {
+            match choose(&KERNEL, &balance, &connection.client, question.pick) {
                 Some(Choice { backend, slot }) => {
                     answer.verdict = 4;
                     answer.backend = backend.address();

@@ -270,6 +270,28 @@ impl Client {
         Ok(())
     }
 
+    /// A packet must come back that refuses, at once: a TCP reset or a port unreachable.
+    pub fn is_refused_by_packet(&self, transport: Transport, to: SocketAddr) -> Result<()> {
+        let what = format!("{} to {to}, {transport:?}", self.name);
+        let start = Instant::now();
+        let worker = &self.worker;
+        let result = match transport {
+            Transport::Tcp => worker.tcp_connect(to).map(|socket| format!("{socket:?}")),
+            // Without IP_RECVERR no error reaches an unconnected socket.
+            Transport::UdpConnected | Transport::UdpUnconnected => udp(worker, family_of(to), |id| {
+                worker.udp_connect(id, to)?;
+                worker.udp_send(id, "hello")?;
+                Ok(worker.udp_receive(id, Duration::from_secs(2))?.data)
+            }),
+        };
+        match result {
+            Err(error) if error.errno() == Some(Errno::ECONNREFUSED) => {}
+            other => bail!("{what}: {other:?} where a refusal was expected"),
+        }
+        ensure!(start.elapsed() < AT_ONCE, "{what}: refused after {:?}", start.elapsed());
+        Ok(())
+    }
+
     /// Nobody may answer, and nobody refuse.
     pub fn gets_silence(&self, transport: Transport, to: SocketAddr) -> Result<()> {
         let what = format!("{} to {to}, {transport:?}", self.name);
@@ -303,6 +325,8 @@ pub enum Transport {
 
 impl Transport {
     pub const ALL: [Self; 3] = [Self::Tcp, Self::UdpConnected, Self::UdpUnconnected];
+    /// Those in which a refusal that comes as a packet can be seen.
+    pub const REFUSABLE: [Self; 2] = [Self::Tcp, Self::UdpConnected];
 }
 
 /// Why there is no right answer.

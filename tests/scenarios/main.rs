@@ -32,6 +32,7 @@ mod soak;
 mod sockets;
 mod source_ranges;
 mod udp;
+mod unseen;
 mod workers;
 
 use std::process::ExitCode;
@@ -60,6 +61,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, soak::SCENARIOS),
     (kproxy, fallbacks::SCENARIOS),
     (kproxy, udp::SCENARIOS),
+    (kproxy, unseen::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Cni, Context, ElbSpec, Family, Lab, Node, NodeSpec};
+use kproxy_lab::{Cni, Context, ElbSpec, Family, Lab, Member, Node, NodeSpec};
 
 use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask_from, eventually, family_of, frontend};
@@ -70,8 +70,16 @@ fn outside_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
         .local()
         .annotation("kproxy.io/pass-through", "true")
         .pods(&[lab.pod("a1")?]);
+    // Neither has endpoints anywhere.
+    let empty = Service::new("empty", 12).tcp(82, TARGET).udp(82, TARGET).node_port(NODE_PORT + 3);
+    let empty = empty.load_balancers(lab.elb()?.vips()).local();
+    let passed_empty = Service::new("passed-empty", 13)
+        .udp(83, TARGET)
+        .load_balancers(lab.elb()?.vips())
+        .annotation("kproxy.io/pass-through", "true");
     let nodes = ["node-a", "node-b", "node-c"];
-    let cluster = Cluster::start_without(without, lab, &nodes, &[], [&web, &passed])?;
+    let services = [&web, &passed, &empty, &passed_empty];
+    let cluster = Cluster::start_without(without, lab, &nodes, &[], services)?;
     let _servers = cluster.servers(&["a1", "a2", "b1"])?;
     let lab = &cluster.lab;
     let client = Client::at(lab.host("client")?)?;
@@ -105,6 +113,37 @@ fn outside_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
             });
         }
     }
+    let mut refusing = Vec::new();
+    for family in Family::BOTH {
+        refusing.push(SocketAddr::new(lab.node("node-a")?.ip(family), NODE_PORT + 3));
+        refusing.push(SocketAddr::new(lab.node("node-c")?.ip(family), NODE_PORT + 3));
+        // A ClusterIP on a port that it does not have; the client is told the way by node-a.
+        let service = web.cluster_ip(family);
+        lab.host("client")?
+            .ip_command(&format!("route add {service} via {}", lab.node("node-a")?.ip(family)))?;
+        refusing.push(SocketAddr::new(service, 9_999));
+    }
+    refusing.extend(lab.elb()?.vips().iter().map(|vip| SocketAddr::new(*vip, 82)));
+    for to in refusing {
+        for transport in Transport::REFUSABLE {
+            steps.step(&format!("no endpoint anywhere, or no such port: {to}, {transport:?}"), || {
+                client.is_refused_by_packet(transport, to)
+            });
+        }
+    }
+    steps.step("pass-through without endpoints is not refused here", || {
+        let beyond = lab.elb()?.echo(83)?;
+        for vip in lab.elb()?.vips() {
+            client.reaches(Transport::UdpConnected, SocketAddr::new(*vip, beyond.port()), &["elb"])?;
+        }
+        Ok(())
+    });
+    steps.step("an echo request to a ClusterIP is answered", || {
+        for family in Family::BOTH {
+            ping(lab.host("client")?, web.cluster_ip(family))?;
+        }
+        Ok(())
+    });
     steps.step("pass-through from outside goes on to the load balancer", || {
         let beyond = lab.elb()?.echo(81)?;
         for vip in lab.elb()?.vips() {
@@ -196,6 +235,16 @@ fn transfer(client: &Client, to: SocketAddr) -> Result<()> {
     worker.tcp_transfer(socket.id, 50 * MEGABYTE, 1).context("50 MB up")?;
     worker.tcp_ask(socket.id, "still the same connection")?;
     Ok(worker.close(socket.id)?)
+}
+
+/// One echo request, which must be answered by the address that was asked. With its source given, ping does not
+/// connect a UDP socket first to learn it, which is refused where the ClusterIP has no such port.
+pub fn ping(from: &Member, to: IpAddr) -> Result<()> {
+    let source = from.ip(if to.is_ipv4() { Family::V4 } else { Family::V6 });
+    let words = ["ping", "-n", "-c", "1", "-W", "2", "-I", &source.to_string(), &to.to_string()];
+    let output = from.run(&words)?.success()?;
+    ensure!(output.contains(&format!("from {to}")), "{output}");
+    Ok(())
 }
 
 fn passed_through(node: &Node, vip: IpAddr) -> Result<u64> {

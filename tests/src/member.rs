@@ -39,7 +39,7 @@ pub struct Member {
 #[derive(Debug)]
 struct Inner {
     name: String,
-    netns: Netns,
+    netns: Arc<Netns>,
     cgroup: PathBuf,
     folder: PathBuf,
     v4: Ipv4Addr,
@@ -53,7 +53,16 @@ impl Member {
         folder: PathBuf,
         (v4, v6): (Ipv4Addr, Ipv6Addr),
     ) -> Self {
-        Self { inner: Arc::new(Inner { name: netns.name().to_owned(), netns, cgroup, folder, v4, v6 }) }
+        Self {
+            inner: Arc::new(Inner {
+                name: netns.name().to_owned(),
+                netns: Arc::new(netns),
+                cgroup,
+                folder,
+                v4,
+                v6,
+            }),
+        }
     }
 
     /// Its name.
@@ -185,6 +194,16 @@ impl Pod {
     /// The name of its node.
     pub fn node_name(&self) -> &str {
         &self.node
+    }
+
+    /// The pod's namespace, but outside of its node's cgroup: what is started here no socket hook sees, as in a virtual
+    /// machine.
+    pub fn unseen(&self) -> Member {
+        let Inner { name, netns, cgroup, folder, v4, v6 } = &*self.member.inner;
+        // The lab's own group, the parent of the node's.
+        let cgroup = cgroup.parent().and_then(Path::parent).unwrap_or(cgroup).to_owned();
+        let (name, netns, folder) = (name.clone(), Arc::clone(netns), folder.clone());
+        Member { inner: Arc::new(Inner { name, netns, cgroup, folder, v4: *v4, v6: *v6 }) }
     }
 }
 

@@ -66,7 +66,7 @@ const LLVM_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
 const BUILD_PROGRAMS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
-const LAB_PROGRAMS: [(&str, &str); 11] = [
+const LAB_PROGRAMS: [(&str, &str); 12] = [
     ("bpftool", "bpftool"),
     ("conntrack", "conntrack"),
     ("curl", "curl"),
@@ -76,6 +76,7 @@ const LAB_PROGRAMS: [(&str, &str); 11] = [
     ("nft", "nftables"),
     ("nginx", "nginx-light"),
     ("nsenter", "util-linux"),
+    ("ping", "iputils-ping"),
     ("sysctl", "procps"),
     ("tcpdump", "tcpdump"),
 ];

@@ -57,6 +57,9 @@ impl DeviceProgram {
 const SOCKET_HOOKS: [&str; 8] =
     ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
 
+/// How pins of the parts of packet programs begin.
+const PARTS: &str = "parts_";
+
 /// Of the filters on a clsact qdisc. Two handles: the new filter is in place before the old one goes.
 const CLSACT_PRIORITY: u16 = 1;
 const CLSACT_HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x6b70), TcHandle::new(0, 0x6b71)];
@@ -69,6 +72,8 @@ pub struct Attached {
     use_clsact: bool,
     /// Interfaces that get no filters, and have none of an earlier agent's any more.
     without_filters: BTreeSet<u32>,
+    /// Where the parts of these programs are pinned, once they are.
+    parts: Option<PathBuf>,
 }
 
 impl Attached {
@@ -76,7 +81,13 @@ impl Attached {
     pub fn new(root: &Path, use_clsact: bool) -> Result<Self> {
         let links = root.join("links");
         fs::create_dir_all(&links).with_context(|| format!("cannot make the folder {}", links.display()))?;
-        Ok(Self { links, devices: BTreeMap::new(), use_clsact, without_filters: BTreeSet::new() })
+        Ok(Self {
+            links,
+            devices: BTreeMap::new(),
+            use_clsact,
+            without_filters: BTreeSet::new(),
+            parts: None,
+        })
     }
 
     /// Puts the socket hooks on `cgroup`, or into the links that are there from an earlier agent.
@@ -102,6 +113,34 @@ impl Attached {
             replace_pin(link, &pin)?;
         }
         Ok(())
+    }
+
+    /// Keeps the parts of packet programs, beside those of an earlier agent whose programs still run. To be done before
+    /// [`devices`](Self::devices).
+    pub fn keep_parts(&mut self, programs: &Programs) -> Result<()> {
+        let newest = self.parts_pins().filter_map(|(number, _)| number).max().unwrap_or(0);
+        let pin = self.links.join(format!("{PARTS}{}", newest + 1));
+        programs.pin_parts(&pin)?;
+        self.parts = Some(pin);
+        Ok(())
+    }
+
+    /// Gives up the parts of an earlier agent's programs. To be done when none of those is attached any more.
+    pub fn forget_earlier_parts(&self) {
+        for (_, pin) in self.parts_pins().filter(|(_, pin)| Some(pin) != self.parts.as_ref()) {
+            if let Err(error) = fs::remove_file(&pin) {
+                tracing::warn!(pin = %pin.display(), %error, "cannot remove the pin of an earlier agent's programs");
+            }
+        }
+    }
+
+    fn parts_pins(&self) -> impl Iterator<Item = (Option<u64>, PathBuf)> {
+        let entries = fs::read_dir(&self.links).into_iter().flatten().flatten();
+        entries.filter_map(|entry| {
+            let name = entry.file_name();
+            let number = name.to_str()?.strip_prefix(PARTS)?;
+            Some((number.parse().ok(), entry.path()))
+        })
     }
 
     /// Makes the packet hooks those of `wanted` (interface index to name and variant). What fails is returned

@@ -8,8 +8,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{Btf, Ebpf, EbpfLoader, maps::HashMap, programs::Program};
-use kproxy_common::{Address, map_names as names};
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{HashMap, ProgramArray},
+    programs::{Program, ProgramError, ProgramFd},
+};
+use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::pins::Pins;
@@ -111,12 +115,42 @@ pub enum LoadError {
         /// The program.
         name: String,
         /// The verifier's words.
-        source: Box<aya::programs::ProgramError>,
+        source: Box<ProgramError>,
     },
 }
 
 /// What the program that lists connected sockets iterates over.
 const SOCKET_ITERATOR: &str = "bpf_sk_storage_map";
+
+/// What programs know of an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct DeviceMask {
+    /// The IPv4 address that clients are masked with.
+    pub v4: Option<IpAddr>,
+    /// The IPv6 address.
+    pub v6: Option<IpAddr>,
+    /// Whether IPv4 clients behind it share a bridge with this node's pods whose frames pass netfilter by.
+    pub bridged_v4: bool,
+    /// Whether IPv6 clients do.
+    pub bridged_v6: bool,
+}
+
+/// The size of a value of `device`.
+const DEVICE: usize = size_of::<DeviceAddresses>();
+
+impl DeviceMask {
+    /// As it lies in the map: see [`DeviceAddresses`].
+    fn to_bytes(self) -> [u8; DEVICE] {
+        let Self { v4, v6, bridged_v4, bridged_v6 } = self;
+        let octets = |address: Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
+        let mut bytes = [0; DEVICE];
+        bytes[..16].copy_from_slice(&octets(v4, Address::UNSPECIFIED_V4));
+        bytes[16..32].copy_from_slice(&octets(v6, Address::UNSPECIFIED));
+        bytes[32..36].copy_from_slice(&u32::from(bridged_v4).to_ne_bytes());
+        bytes[36..].copy_from_slice(&u32::from(bridged_v6).to_ne_bytes());
+        bytes
+    }
+}
 
 /// The loaded programs. They are attached by [`crate::programs::Attached`].
 pub struct Programs {
@@ -174,23 +208,21 @@ impl Programs {
         &mut self.ebpf
     }
 
-    /// Makes `device` say these addresses (IPv4, IPv6) for each interface. An element that must change is deleted
-    /// first: programs may be reading it.
-    pub fn mask_addresses(&mut self, wanted: &BTreeMap<u32, (Option<IpAddr>, Option<IpAddr>)>) -> Result<()> {
+    /// Pins at `pin` the array by which packet programs go on in others. The kernel empties it when nobody holds it but
+    /// programs.
+    pub(super) fn pin_parts(&self, pin: &Path) -> Result<()> {
+        let map = self.ebpf.map(names::PROGRAMS).context("the map programs is missing from this binary")?;
+        map.pin(pin).with_context(|| format!("cannot pin the parts of the programs at {}", pin.display()))
+    }
+
+    /// Makes `device` say this for each interface. An element that must change is deleted first: programs may be
+    /// reading it.
+    pub fn masks(&mut self, wanted: &BTreeMap<u32, DeviceMask>) -> Result<()> {
         let map = self.ebpf.map_mut(names::DEVICE).context("the map device is missing from this binary")?;
-        let mut map: HashMap<_, u32, [u8; 32]> = HashMap::try_from(map)?;
-        let wanted: BTreeMap<u32, [u8; 32]> = wanted
-            .iter()
-            .map(|(index, (v4, v6))| {
-                let octets =
-                    |address: &Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
-                let mut bytes = [0; 32];
-                bytes[..16].copy_from_slice(&octets(v4, Address::UNSPECIFIED_V4));
-                bytes[16..].copy_from_slice(&octets(v6, Address::UNSPECIFIED));
-                (*index, bytes)
-            })
-            .collect();
-        let present: BTreeMap<u32, [u8; 32]> = map.iter().collect::<Result<_, _>>()?;
+        let mut map: HashMap<_, u32, [u8; DEVICE]> = HashMap::try_from(map)?;
+        let wanted: BTreeMap<u32, [u8; DEVICE]> =
+            wanted.iter().map(|(index, mask)| (*index, mask.to_bytes())).collect();
+        let present: BTreeMap<u32, [u8; DEVICE]> = map.iter().collect::<Result<_, _>>()?;
         let mut deleted = false;
         for (index, bytes) in &present {
             if wanted.get(index) != Some(bytes) {
@@ -267,7 +299,30 @@ fn load(
         };
         loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;
     }
+    join_parts(&mut ebpf)?;
     Ok(Programs { ebpf, pins })
+}
+
+/// Puts the parts of the packet programs where the others go on in them.
+fn join_parts(ebpf: &mut Ebpf) -> Result<(), LoadError> {
+    let failed = |error: aya::maps::MapError| LoadError::Maps(Box::new(error.into()));
+    let not_loaded =
+        |name: &str, error| LoadError::Program { name: name.to_owned(), source: Box::new(error) };
+    let missing = |name: &str| not_loaded(name, ProgramError::NotLoaded);
+    let part = |name: &&str| {
+        let Some(Program::SchedClassifier(program)) = ebpf.program(name) else {
+            return Err(missing(name));
+        };
+        let fd = program.fd().map_err(|error| not_loaded(name, error))?;
+        fd.try_clone().map_err(|error| not_loaded(name, error.into()))
+    };
+    let parts: Vec<ProgramFd> = PACKET_PARTS.iter().map(part).collect::<Result<_, _>>()?;
+    let map = ebpf.map_mut(names::PROGRAMS).ok_or_else(|| missing(names::PROGRAMS))?;
+    let mut map = ProgramArray::try_from(map).map_err(failed)?;
+    for (place, part) in (0..).zip(&parts) {
+        map.set(place, part, 0).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// The names of all maps that are pinned.
@@ -282,6 +337,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::AFFINITY,
         names::FLOW,
         names::FLOW_TRANSIENT,
+        names::FRAGMENT,
         names::SOCKET,
         names::SOCKET_OVERFLOW,
         names::COUNTER,

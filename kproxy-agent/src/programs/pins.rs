@@ -161,8 +161,8 @@ fn replaced(root: &Path, capacities: &Capacities) -> BTreeSet<&'static str> {
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
         Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses,
-        DropBudget, DropListener, Flow, FlowKey, FrontendKey, Owner, ServiceEntry, ServiceInfo,
-        SocketRecords, SourceRangeKey,
+        DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, Owner,
+        ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
         names::FRONTEND => (size_of::<FrontendKey>(), 4),
@@ -173,6 +173,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::SOURCE_RANGE => (size_of::<SourceRangeKey>(), 4),
         names::AFFINITY => (size_of::<AffinityKey>(), size_of::<AffinityValue>()),
         names::FLOW | names::FLOW_TRANSIENT => (size_of::<FlowKey>(), size_of::<Flow>()),
+        names::FRAGMENT => (size_of::<FragmentKey>(), size_of::<FragmentPorts>()),
         names::SOCKET => (4, size_of::<SocketRecords>()),
         names::COUNTER => (4, size_of::<Counters>()),
         names::REASON => (4, 8),

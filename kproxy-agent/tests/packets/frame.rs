@@ -181,6 +181,14 @@ impl Frame {
         }
     }
 
+    /// Its TCP header, if it has one.
+    pub fn tcp_header(&self) -> Option<&TcpHeader> {
+        match &self.transport {
+            Transport::Tcp(header) => Some(header),
+            Transport::Udp(..) => None,
+        }
+    }
+
     /// What the decision needs of it.
     pub fn meta(&self) -> PacketMeta {
         let (from, to) = (self.source(), self.destination());
@@ -194,6 +202,7 @@ impl Frame {
                 Transport::Tcp(header) => TcpFlags { bits: flags(header) },
                 Transport::Udp(..) => TcpFlags::default(),
             },
+            is_later_fragment: false,
         }
     }
 

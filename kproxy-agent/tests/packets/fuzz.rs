@@ -9,6 +9,7 @@ use kproxy_common::{Address, PacketMeta, PacketVerdict, Protocol, Reason, TcpFla
 use serde_json::json;
 
 use crate::{
+    answers,
     cluster::{Service, Who},
     frame::{Frame, Link},
     hostile::{Dice, Kind, packet},
@@ -66,6 +67,7 @@ enum Came {
     Untouched,
     Translated,
     Dropped,
+    Answered,
 }
 
 /// Runs the program, and says what is wrong with what it did.
@@ -87,6 +89,8 @@ fn judge(
         Action::Drop if is_changed => return Err(format!("dropped half rewritten: {:02x?}", outcome.bytes)),
         Action::Drop if reason.is_none() => return Err("dropped and not counted".to_owned()),
         Action::Drop => Came::Dropped,
+        Action::Answer if reason.is_none() => return Err("answered and not counted".to_owned()),
+        Action::Answer => Came::Answered,
         Action::Next if is_changed => Came::Translated,
         Action::Next => Came::Untouched,
     };
@@ -99,16 +103,37 @@ fn judge(
         // What cannot be read is nobody's.
         return Ok((came, reason, None));
     }
-    let Some(reading) = Reading::of(link, bytes) else {
-        return match (came, reason) {
-            (Came::Dropped | Came::Untouched, Some(Reason::Malformed)) => Ok((came, reason, None)),
-            _ => Err(format!("{came:?} for {reason:?}, and cannot be read")),
-        };
+    let (mut reading, fragment) = match Reading::of(link, bytes) {
+        Read::Ports(reading, fragment) => (reading, fragment),
+        Read::Message => return judge_message(link, bytes, &outcome.bytes, came, reason),
+        Read::Other(destination) => {
+            let verdict = world.decide_about_other(&destination);
+            let expected = match verdict {
+                PacketVerdict::Drop { reason } => (Came::Dropped, Some(reason)),
+                _ => (Came::Untouched, None),
+            };
+            if (came, reason) != expected {
+                return Err(format!("{came:?} for {reason:?}, but the host says {verdict:?}"));
+            }
+            return Ok((came, reason, None));
+        }
+        Read::Nothing => {
+            return match (came, reason) {
+                (Came::Dropped | Came::Untouched, Some(Reason::Malformed | Reason::Unparsed)) => {
+                    Ok((came, reason, None))
+                }
+                _ => Err(format!("{came:?} for {reason:?}, and cannot be read")),
+            };
+        }
     };
-    let verdict = world.decide_about(at, &reading.meta);
+    let verdict = match fragment {
+        Some(id) => world.decide_about_fragment(at, &mut reading.meta, id),
+        None => world.decide_about(at, &reading.meta),
+    };
     let expected = match verdict {
         PacketVerdict::Pass { reason } => (Came::Untouched, counting(reason)),
         PacketVerdict::Drop { reason } => (Came::Dropped, Some(reason)),
+        PacketVerdict::Refuse { reason } => (Came::Answered, Some(reason)),
         PacketVerdict::SetDestination { .. } | PacketVerdict::SetSource { .. } => {
             (Came::Translated, Some(Reason::Forwarded))
         }
@@ -118,7 +143,13 @@ fn judge(
         || expected.0 == Came::Translated && came == Came::Untouched && reason == expected.1;
     // A rewrite of a header that ends too early fails before it begins.
     let failed = !is_sound && (came, reason) == (Came::Dropped, Some(Reason::RewriteFailed));
-    if !same && !failed {
+    // Lengths that lie, and headers that would have to be answered in kind, get no answer.
+    let is_odd = !is_sound || matches!(reason, Some(Reason::Malformed | Reason::Unparsed));
+    let silent = is_odd && came == Came::Dropped && expected.0 == Came::Answered;
+    if came == Came::Answered && is_sound {
+        answers::check_refusal(link, bytes, &outcome.bytes)?;
+    }
+    if !same && !failed && !silent {
         return Err(format!("{came:?} for {reason:?}, but the host says {verdict:?}"));
     }
     if came == Came::Translated {
@@ -140,17 +171,39 @@ struct Reading {
     transport: usize,
 }
 
+/// What a program reads of a packet.
+enum Read {
+    /// Ports, or a fragment that follows them, with its identification.
+    Ports(Reading, Option<u32>),
+    /// ICMP.
+    Message,
+    /// A protocol without ports, to this address.
+    Other(Address),
+    /// Nothing that makes sense.
+    Nothing,
+}
+
 impl Reading {
-    fn of(link: Link, bytes: &[u8]) -> Option<Self> {
+    fn of(link: Link, bytes: &[u8]) -> Read {
+        Self::read(link, bytes).unwrap_or(Read::Nothing)
+    }
+
+    fn read(link: Link, bytes: &[u8]) -> Option<Read> {
         let network = link.header_length();
         let ip = bytes.get(network..)?;
         let kind = bytes.get(12..14)?;
+        let word = |at: usize| Some(u32::from_ne_bytes(ip.get(at..at + 4)?.try_into().ok()?));
+        // The fragment's identification, and whether it is the first.
+        let mut fragment = None;
         let (length, number, source, destination) = match kind {
             [0x08, 0x00] if ip.len() >= 20 && ip[0] >> 4 == 4 => {
                 let length = usize::from(ip[0] & 0xf) * 4;
-                let is_fragment = ip[6] & 0x3f != 0 || ip[7] != 0;
-                if length < 20 || is_fragment {
+                if length < 20 {
                     return None;
+                }
+                let offset = u16::from_be_bytes([ip[6], ip[7]]);
+                if offset & 0x3fff != 0 {
+                    fragment = Some((u32::from_ne_bytes([ip[4], ip[5], 0, 0]), offset & 0x1fff == 0));
                 }
                 let address = |at: usize| {
                     let octets: [u8; 4] = ip[at..at + 4].try_into().expect("four octets");
@@ -164,26 +217,66 @@ impl Reading {
                 if address(8).is_v4() || address(24).is_v4() {
                     return None;
                 }
-                (40, ip[6], address(8), address(24))
+                let (mut length, mut number) = (40, ip[6]);
+                for _ in 0..6 {
+                    match number {
+                        0 | 43 | 60 => {
+                            number = *ip.get(length)?;
+                            length += (usize::from(*ip.get(length + 1)?) + 1) * 8;
+                        }
+                        44 => {
+                            let offset = u16::from_be_bytes([*ip.get(length + 2)?, *ip.get(length + 3)?]);
+                            number = *ip.get(length)?;
+                            if offset & 0xfff9 != 0 {
+                                fragment = Some((word(length + 4)?, offset & 0xfff8 == 0));
+                            }
+                            length += 8;
+                            if offset & 0xfff8 != 0 {
+                                break;
+                            }
+                        }
+                        _ => break,
+                    }
+                    if network + length > 0x300 {
+                        return None;
+                    }
+                }
+                (length, number, address(8), address(24))
             }
             _ => return None,
         };
-        let rest = ip.get(length..)?;
-        let (protocol, flags) = match number {
-            6 if rest.len() >= 16 => (Protocol::Tcp, rest[13]),
-            17 if rest.len() >= 8 => (Protocol::Udp, 0),
-            _ => return None,
+        let (protocol, least) = match (number, fragment) {
+            (6, _) => (Protocol::Tcp, 16),
+            (17, _) => (Protocol::Udp, 8),
+            (132, None) => (Protocol::Sctp, 16),
+            (1 | 58, None) => return Some(Read::Message),
+            _ => return Some(Read::Other(destination)),
         };
-        let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
-        let meta = PacketMeta {
+        let is_later_fragment = fragment.is_some_and(|(_, is_first)| !is_first);
+        let mut meta = PacketMeta {
             source,
             destination,
-            source_port: port(0),
-            destination_port: port(2),
+            source_port: 0,
+            destination_port: 0,
             protocol,
-            tcp: TcpFlags { bits: flags },
+            tcp: TcpFlags::of_sctp_chunk(0),
+            is_later_fragment,
         };
-        Some(Self { meta, network, transport: network + length })
+        if !is_later_fragment {
+            let rest = ip.get(length..)?;
+            if rest.len() < least {
+                return None;
+            }
+            let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
+            (meta.source_port, meta.destination_port) = (port(0), port(2));
+            meta.tcp = match protocol {
+                Protocol::Tcp => TcpFlags { bits: rest[13] },
+                Protocol::Udp => TcpFlags::default(),
+                Protocol::Sctp => TcpFlags::of_sctp_chunk(rest[12]),
+            };
+        }
+        let reading = Self { meta, network, transport: network + length };
+        Some(Read::Ports(reading, fragment.map(|(id, _)| id)))
     }
 
     /// The verdict was carried out, and nothing else; each checksum is as right, or as wrong, as it was.
@@ -191,19 +284,35 @@ impl Reading {
         let is_v4 = self.meta.source.is_v4();
         let addresses = self.network + if is_v4 { 12 } else { 8 };
         let length = if is_v4 { 4 } else { 16 };
-        let (address, port, at, port_at) = match verdict {
-            PacketVerdict::SetDestination { address, port } => {
-                (address, port, addresses + length, self.transport + 2)
+        let (address, ports, at) = match verdict {
+            PacketVerdict::SetDestination { address, port, client_port } => {
+                let source = if client_port == 0 { self.meta.source_port } else { client_port };
+                (address, [source, port], addresses + length)
             }
-            PacketVerdict::SetSource { address, port } => (address, port, addresses, self.transport),
+            PacketVerdict::SetSource { address, port, client_port } => {
+                let destination = if client_port == 0 { self.meta.destination_port } else { client_port };
+                (address, [port, destination], addresses)
+            }
             other => return Err(format!("changed, but {other:?}")),
         };
         let mut expected = before.to_vec();
         expected[at..at + length].copy_from_slice(&address.octets()[16 - length..]);
-        expected[port_at..port_at + 2].copy_from_slice(&port.to_be_bytes());
-        let checksum = self.transport + if self.meta.protocol == Protocol::Udp { 6 } else { 16 };
-        let mut fields = vec![checksum];
-        fields.extend(is_v4.then_some(self.network + 10));
+        let has_ports = !self.meta.is_later_fragment;
+        let checksum = self.transport
+            + match self.meta.protocol {
+                Protocol::Tcp => 16,
+                Protocol::Udp => 6,
+                Protocol::Sctp => 8,
+            };
+        let mut fields = Vec::from_iter(is_v4.then_some(self.network + 10));
+        if has_ports {
+            for (place, port) in ports.into_iter().enumerate() {
+                let at = self.transport + 2 * place;
+                expected[at..at + 2].copy_from_slice(&port.to_be_bytes());
+            }
+            fields.push(checksum);
+            fields.extend((self.meta.protocol == Protocol::Sctp).then_some(checksum + 2));
+        }
         for field in fields {
             expected[field..field + 2].copy_from_slice(&after[field..field + 2]);
         }
@@ -215,6 +324,12 @@ impl Reading {
             if sum(&before[header.clone()]) != sum(&after[header]) {
                 return Err(format!("the IPv4 checksum went wrong: {after:02x?}"));
             }
+        }
+        if !has_ports {
+            return Ok(());
+        }
+        if self.meta.protocol == Protocol::Sctp {
+            return self.check_sctp(before, after);
         }
         if self.meta.protocol == Protocol::Udp && before[checksum..checksum + 2] == [0, 0] {
             if after[checksum..checksum + 2] != [0, 0] {
@@ -232,6 +347,89 @@ impl Reading {
         }
         Ok(())
     }
+}
+
+impl Reading {
+    /// A right CRC stays right, computed from nothing; 0 stays for the device to fill in.
+    fn check_sctp(&self, before: &[u8], after: &[u8]) -> Result<(), String> {
+        let end = self.network
+            + if self.meta.source.is_v4() {
+                usize::from(u16::from_be_bytes([before[self.network + 2], before[self.network + 3]]))
+            } else {
+                usize::from(u16::from_be_bytes([before[self.network + 4], before[self.network + 5]])) + 40
+            };
+        let (Some(old), Some(new)) = (before.get(self.transport..end), after.get(self.transport..end)) else {
+            // Its length lies.
+            return Ok(());
+        };
+        let field = |packet: &[u8]| u32::from_le_bytes([packet[8], packet[9], packet[10], packet[11]]);
+        if field(old) == 0 {
+            let stays = field(new) == 0;
+            return if stays { Ok(()) } else { Err("a missing CRC was changed".to_owned()) };
+        }
+        // As wrong as it was.
+        if field(old) ^ crc32c(old) != field(new) ^ crc32c(new) {
+            return Err(format!("the CRC went wrong: {after:02x?}"));
+        }
+        Ok(())
+    }
+}
+
+/// Of an SCTP packet (RFC 9260, appendix A), with its own field taken as 0.
+fn crc32c(packet: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for (at, octet) in packet.iter().enumerate() {
+        crc ^= u32::from(if (8..12).contains(&at) { 0 } else { *octet });
+        for _ in 0..8 {
+            crc = crc >> 1 ^ if crc & 1 != 0 { 0x82f6_3b78 } else { 0 };
+        }
+    }
+    !crc
+}
+
+/// An ICMP message: what it is about, the host is not asked again; but nothing else may become of it, and checksums stay as
+/// right or wrong as they were.
+fn judge_message(
+    link: Link,
+    before: &[u8],
+    after: &[u8],
+    came: Came,
+    reason: Option<Reason>,
+) -> Result<(Came, Option<Reason>, Option<Frame>), String> {
+    let network = link.header_length();
+    let known = match came {
+        Came::Untouched => matches!(reason, None | Some(Reason::Malformed | Reason::Unparsed)),
+        Came::Translated => reason == Some(Reason::IcmpTranslated),
+        Came::Answered => reason == Some(Reason::EchoAnswered),
+        Came::Dropped => matches!(
+            reason,
+            Some(
+                Reason::UndefinedPort
+                    | Reason::UnallocatedAddress
+                    | Reason::IcmpRedirect
+                    | Reason::HostileSource
+                    | Reason::RewriteFailed
+            )
+        ),
+    };
+    if !known || after.len() != before.len() {
+        return Err(format!("a message {came:?} for {reason:?}: {after:02x?}"));
+    }
+    if matches!(came, Came::Translated | Came::Answered) {
+        let is_v4 = before[network] >> 4 == 4;
+        let header = if is_v4 { usize::from(before[network] & 0xf) * 4 } else { 40 };
+        if is_v4 && sum(&before[network..network + header]) != sum(&after[network..network + header]) {
+            return Err(format!("the IPv4 checksum went wrong: {after:02x?}"));
+        }
+        let covered = |bytes: &[u8]| {
+            let from = if is_v4 { network + header } else { network + 8 };
+            sum(&bytes[from..])
+        };
+        if covered(before) != covered(after) {
+            return Err(format!("the message's checksum went wrong: {after:02x?}"));
+        }
+    }
+    Ok((came, reason, None))
 }
 
 /// One's complement sum, with one form of zero.
@@ -280,15 +478,16 @@ impl Tally {
 
     fn print(&self, packets: u64, time: std::time::Duration) {
         println!("{packets} packets in {time:.1?}");
-        println!("{:<14}{:>12}{:>12}{:>12}", "", "untouched", "translated", "dropped");
+        println!("{:<14}{:>12}{:>12}{:>12}{:>12}", "", "untouched", "translated", "dropped", "answered");
         for kind in Kind::ALL {
             let of = |came| self.counts.get(&(kind, came)).copied().unwrap_or(0);
             let kind = format!("{kind:?}");
             println!(
-                "{kind:<14}{:>12}{:>12}{:>12}",
+                "{kind:<14}{:>12}{:>12}{:>12}{:>12}",
                 of(Came::Untouched),
                 of(Came::Translated),
-                of(Came::Dropped)
+                of(Came::Dropped),
+                of(Came::Answered)
             );
         }
         for (reason, count) in &self.reasons {

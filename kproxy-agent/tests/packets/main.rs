@@ -1,6 +1,7 @@
 //! The loaded packet programs under BPF_PROG_TEST_RUN, and the same decision on the host: no packet leaves this
 //! process, and no program is attached.
 
+mod answers;
 mod checksums;
 mod cluster;
 mod frame;

@@ -265,8 +265,12 @@ impl History<'_, '_> {
             (Fate::Begins | Fate::Either(_), None) => {
                 // The Service is gone, or was never there.
                 assert!(
-                    matches!(verdict, PacketVerdict::Pass { .. } | PacketVerdict::Drop { .. })
-                        || matches!(fate, Fate::Either(_)),
+                    matches!(
+                        verdict,
+                        PacketVerdict::Pass { .. }
+                            | PacketVerdict::Drop { .. }
+                            | PacketVerdict::Refuse { .. }
+                    ) || matches!(fate, Fate::Either(_)),
                     "{}",
                     about()
                 );
@@ -274,7 +278,8 @@ impl History<'_, '_> {
                 return;
             }
             (Fate::Begins, Some((_, None))) => {
-                assert!(matches!(verdict, PacketVerdict::Drop { .. }), "{}", about());
+                let is_denied = matches!(verdict, PacketVerdict::Drop { .. } | PacketVerdict::Refuse { .. });
+                assert!(is_denied, "{}", about());
                 self.forget(protocol, client, frontend);
                 return;
             }

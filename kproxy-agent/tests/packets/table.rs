@@ -39,6 +39,7 @@ enum Expect {
     /// To one of these, which sees this node instead of the client, wherever it is.
     Hidden(&'static [Who]),
     Drop(Reason),
+    Refuse(Reason),
     Pass(Reason),
 }
 
@@ -52,7 +53,7 @@ const fn row(client: Who, asks: Frontend, expect: Expect) -> Row {
     Row { client, asks, expect }
 }
 
-use Expect::{Drop, Hidden, Masked, Pass, To};
+use Expect::{Drop, Hidden, Masked, Pass, Refuse, To};
 use Frontend::{
     ClusterIp, Elsewhere, External, LoadBalancer, NodePort, NodePortAside, Unallocated,
     UndefinedBalancerPort, UndefinedPort,
@@ -123,8 +124,8 @@ const TABLE: &[Row] = &[
     row(Here(5), ClusterIp(13), To(&[Here(1)])),
     row(Client(1), NodePort(13), To(&[Here(1)])),
     // No endpoint at all.
-    row(Here(5), ClusterIp(4), Drop(Reason::NoEndpoints)),
-    row(Client(1), NodePort(4), Drop(Reason::NoEndpoints)),
+    row(Here(5), ClusterIp(4), Refuse(Reason::NoEndpoints)),
+    row(Client(1), NodePort(4), Refuse(Reason::NoEndpoints)),
     // Source ranges bind the load-balancer address alone.
     row(Client(1), LoadBalancer(5), Masked(BOTH)),
     row(Client(99), LoadBalancer(5), Drop(Reason::SourceRange)),
@@ -141,8 +142,8 @@ const TABLE: &[Row] = &[
     row(Client(1), NodePort(7), Masked(BOTH)),
     row(Here(5), ClusterIp(7), To(BOTH)),
     // Nothing of ours, or nothing that is served.
-    row(Here(5), UndefinedPort(1), Drop(Reason::UndefinedPort)),
-    row(Client(1), UndefinedPort(1), Drop(Reason::UndefinedPort)),
+    row(Here(5), UndefinedPort(1), Refuse(Reason::UndefinedPort)),
+    row(Client(1), UndefinedPort(1), Refuse(Reason::UndefinedPort)),
     row(Client(1), UndefinedBalancerPort(1), Pass(Reason::NotAService)),
     row(Here(5), Unallocated, Drop(Reason::UnallocatedAddress)),
     row(Client(1), Unallocated, Drop(Reason::UnallocatedAddress)),
@@ -226,7 +227,9 @@ fn what_the_host_sends_untranslated_does_not_leave() {
                     match expect {
                         Drop(reason) => assert_eq!(verdict, PacketVerdict::Drop { reason }, "{about}"),
                         Pass(reason) => assert_eq!(verdict, PacketVerdict::Pass { reason }, "{about}"),
-                        To(_) | Masked(_) | Hidden(_) => panic!("the host's packets are never translated"),
+                        Refuse(_) | To(_) | Masked(_) | Hidden(_) => {
+                            panic!("the host's packets are never translated")
+                        }
                     }
                 }
             }
@@ -361,6 +364,10 @@ impl Conversation {
             }
             Pass(reason) => {
                 assert_eq!(verdict, PacketVerdict::Pass { reason }, "{about}");
+                return None;
+            }
+            Refuse(reason) => {
+                assert_eq!(verdict, PacketVerdict::Refuse { reason }, "{about}");
                 return None;
             }
             To(among) => (among, |_| false),

@@ -13,16 +13,17 @@ use kproxy::{
         memory::{FlowView, Flows},
     },
     model::{Change, Model, NodeConfig, parse},
-    programs::{Capacities, Programs},
+    programs::{Capacities, DeviceMask, Programs},
     wanted::ServiceKey,
 };
 use kproxy_common::{
-    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, MAX_CIDRS, PacketMeta, PacketVerdict,
-    Protocol, Reason, map_names, on_egress, on_ingress,
+    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, MAX_CIDRS, PacketMeta,
+    PacketVerdict, Protocol, Reason, follow_fragment, map_names, on_egress, on_ingress, on_other_protocol,
 };
 use nix::sched::{CloneFlags, unshare};
 
 use crate::{
+    answers,
     cluster::{CLUSTER_CIDRS, Family, NODE_NAME, SERVICE_CIDRS, Service, Who},
     frame::{Frame, Link},
 };
@@ -53,6 +54,8 @@ pub enum At {
 pub enum Action {
     Next,
     Drop,
+    /// Is sent back by the interface, as an answer.
+    Answer,
 }
 
 /// A packet after a program.
@@ -141,13 +144,19 @@ impl World {
         let addresses = [Who::Node, Who::NodeAside, Who::Node];
         let addresses = devices.into_iter().zip(addresses);
         let of = |who: Who, family| Some(who.ip(family));
-        let both = addresses.clone().map(|(index, who)| (index, (of(who, Family::V4), of(who, Family::V6))));
-        programs.mask_addresses(&both.collect()).expect("the interfaces' addresses are written");
+        let masks = addresses.clone().map(|(index, who)| {
+            let (v4, v6) = (of(who, Family::V4), of(who, Family::V6));
+            (index, DeviceMask { v4, v6, ..DeviceMask::default() })
+        });
+        programs.masks(&masks.collect()).expect("the interfaces' addresses are written");
         let mut host = Flows::default();
         host.devices = addresses
             .map(|(index, who)| {
                 let of = |family| Address::from(who.ip(family));
-                (index, DeviceAddresses { v4: of(Family::V4), v6: of(Family::V6) })
+                (
+                    index,
+                    DeviceAddresses { v4: of(Family::V4), v6: of(Family::V6), bridged_v4: 0, bridged_v6: 0 },
+                )
             })
             .collect();
         Self {
@@ -214,6 +223,7 @@ impl World {
         let action = match result.return_value as i32 {
             -1 => Action::Next,
             2 => Action::Drop,
+            7 => Action::Answer,
             other => panic!("{at:?} returned {other} for {bytes:02x?}"),
         };
         Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
@@ -244,10 +254,29 @@ impl World {
         self.host.now = now();
         let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
         match at {
-            At::In(Device::Pod) => on_ingress(&view, meta, ClientKind::Pod),
-            At::In(Device::Uplink | Device::Aside) => on_ingress(&view, meta, ClientKind::Outside),
+            At::In(device) => {
+                let client = if device == Device::Pod { ClientKind::Pod } else { ClientKind::Outside };
+                on_ingress(&view, meta, client, self.devices[device as usize])
+            }
             At::Out(device) => on_egress(&view, meta, self.devices[device as usize]),
         }
+    }
+
+    /// What the host decides about a fragment with this identification, having met all packets before. It gives a later
+    /// one its ports.
+    pub fn decide_about_fragment(&mut self, at: At, meta: &mut PacketMeta, id: u32) -> PacketVerdict {
+        self.host.now = now();
+        let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
+        let hook = if matches!(at, At::In(_)) { Hook::Ingress } else { Hook::Egress };
+        match follow_fragment(&view, meta, hook, id) {
+            Some(verdict) => verdict,
+            None => self.decide_about(at, meta),
+        }
+    }
+
+    /// What the host decides about a packet of a protocol without ports.
+    pub fn decide_about_other(&mut self, destination: &Address) -> PacketVerdict {
+        on_other_protocol(&self.host.over(self.reconciler.tables(), &self.config), destination)
     }
 
     /// Lets the program and the host decide about this packet, both must agree to the last bit. The verdict, and
@@ -260,18 +289,33 @@ impl World {
         let (action, expected, reason) = match verdict {
             PacketVerdict::Pass { reason } => (Action::Next, frame.clone(), reason),
             PacketVerdict::Drop { reason } => (Action::Drop, frame.clone(), reason),
-            PacketVerdict::SetDestination { address, port } => {
+            PacketVerdict::Refuse { reason } => (Action::Answer, frame.clone(), reason),
+            PacketVerdict::SetDestination { address, port, client_port } => {
                 let to = SocketAddr::new(address.into(), port);
-                (Action::Next, frame.clone().with_destination(to), Reason::Forwarded)
+                let mut frame = frame.clone().with_destination(to);
+                if client_port != 0 {
+                    let from = SocketAddr::new(frame.source().ip(), client_port);
+                    frame = frame.with_source(from);
+                }
+                (Action::Next, frame, Reason::Forwarded)
             }
-            PacketVerdict::SetSource { address, port } => {
+            PacketVerdict::SetSource { address, port, client_port } => {
                 let from = SocketAddr::new(address.into(), port);
-                (Action::Next, frame.clone().with_source(from), Reason::Forwarded)
+                let mut frame = frame.clone().with_source(from);
+                if client_port != 0 {
+                    let to = SocketAddr::new(frame.destination().ip(), client_port);
+                    frame = frame.with_destination(to);
+                }
+                (Action::Next, frame, Reason::Forwarded)
             }
         };
         assert_eq!(outcome.action, action, "{}", about());
         if matches!(verdict, PacketVerdict::Pass { .. } | PacketVerdict::Drop { .. }) {
             assert_eq!(outcome.bytes, bytes, "{}", about());
+        } else if matches!(verdict, PacketVerdict::Refuse { .. }) {
+            if let Err(wrong) = answers::check_refusal(link, &bytes, &outcome.bytes) {
+                panic!("{}: {wrong}: {:02x?}", about(), outcome.bytes);
+            }
         } else if !expected.is(&outcome.bytes) {
             let read = Frame::read(link, &outcome.bytes);
             panic!("{}:\n{:02x?} expected\n{:02x?}, {read:?}", about(), expected.bytes(), outcome.bytes);
@@ -290,6 +334,10 @@ impl World {
             let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
             keys.iter().for_each(|key| map.remove(key).expect("it is there"));
         }
+        let map = self.programs.object().map_mut(map_names::FRAGMENT).expect("the map is in the object");
+        let mut map: HashMap<_, [u8; 40], [u8; 16]> = HashMap::try_from(map).expect("it is a hash");
+        let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
+        keys.iter().for_each(|key| map.remove(key).expect("it is there"));
         let devices = std::mem::take(&mut self.host.devices);
         self.host = Flows::default();
         self.host.devices = devices;
@@ -378,7 +426,7 @@ fn flow_of((key, flow): ([u8; 40], [u8; 64])) -> (FlowKey, Flow) {
         source_port: u16_at(&key, 32),
         destination_port: u16_at(&key, 34),
         protocol: Protocol::try_from(key[36]).expect("a protocol"),
-        hook: kproxy_common::Hook::try_from(key[37]).expect("a hook"),
+        hook: Hook::try_from(key[37]).expect("a hook"),
         _pad: u16_at(&key, 38),
     };
     let flow = Flow {
@@ -388,7 +436,7 @@ fn flow_of((key, flow): ([u8; 40], [u8; 64])) -> (FlowKey, Flow) {
         companion_port: u16_at(&flow, 34),
         state: kproxy_common::FlowState::try_from(flow[36]).expect("a state"),
         role: kproxy_common::Role::try_from(flow[37]).expect("a role"),
-        _pad: u16_at(&flow, 38),
+        client_port: u16_at(&flow, 38),
         number: u32_at(&flow, 40),
         service: u32_at(&flow, 44),
         slot: u32_at(&flow, 48),

@@ -1,11 +1,14 @@
 //! The packet path's tables in memory: what the programs would do with a packet, computed on the host.
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use kproxy_common::{
     Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
-    Counters, DeviceAddresses, Flow, FlowKey, FlowState, FlowTables, FrontendKey, Hit, Hook, PacketMeta,
-    Role, ServiceIdentity, Side,
+    Counters, DeviceAddresses, Flow, FlowKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey,
+    Hit, Hook, PacketMeta, Role, ServiceIdentity, Side,
 };
 
 use crate::plan::{Tables, View};
@@ -16,11 +19,14 @@ use crate::plan::{Tables, View};
 pub struct Flows {
     /// `device`, by interface index.
     pub devices: BTreeMap<u32, DeviceAddresses>,
+    /// Where sockets of the host are bound: their addresses and ports.
+    pub sockets: BTreeSet<(Address, u16)>,
     /// Nanoseconds since boot.
     pub now: u64,
     flow: RefCell<BTreeMap<FlowKey, Flow>>,
     transient: RefCell<BTreeMap<FlowKey, Flow>>,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
     counters: RefCell<BTreeMap<u32, Counters>>,
 }
 
@@ -144,8 +150,8 @@ impl FlowTables for FlowView<'_> {
         Self::with(&self.flows.transient, packet, hook, act)
     }
 
-    fn with_new(&self, act: impl FnOnce(&mut Conversation)) {
-        act(&mut { Conversation::EMPTY });
+    fn with_new(&self, act: impl FnOnce(&mut Conversation) -> u32) -> u32 {
+        act(&mut { Conversation::EMPTY })
     }
 
     fn put_flow(&self, whole: &Conversation, role: Role) {
@@ -168,6 +174,12 @@ impl FlowTables for FlowView<'_> {
         }
         self.flows.transient.borrow_mut().insert(key, flow);
         true
+    }
+
+    fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
+        let (key, _) = entry(whole, role);
+        let established = self.flows.flow.borrow().get(&key).map(Hit::from);
+        established.or_else(|| self.flows.transient.borrow().get(&key).map(Hit::from))
     }
 
     fn remove_flow(&self, whole: &Conversation, role: Role) {
@@ -193,6 +205,25 @@ impl FlowTables for FlowView<'_> {
         let addresses = self.flows.devices.get(&device)?;
         let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
         (!address.is_unspecified()).then_some(address)
+    }
+
+    fn shares_bridge(&self, device: u32, like: &Address) -> bool {
+        self.flows.devices.get(&device).is_some_and(|addresses| {
+            let bridged = if like.is_v4() { addresses.bridged_v4 } else { addresses.bridged_v6 };
+            bridged != 0
+        })
+    }
+
+    fn has_socket(&self, whole: &Conversation) -> bool {
+        self.flows.sockets.contains(&(whole.mask, whole.mask_port))
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        self.flows.fragments.borrow().get(key).copied()
+    }
+
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
+        self.flows.fragments.borrow_mut().insert(*key, *ports);
     }
 
     fn count(&self, number: u32, forwarded: bool) {

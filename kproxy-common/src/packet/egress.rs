@@ -1,0 +1,79 @@
+//! Packets that go out: a backend's answers to clients, clients to be masked, and what this host sends.
+
+use super::{Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, life, mask};
+use crate::{ClientKind, Hook, Reason, Resolution, Role, resolve};
+
+/// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
+/// answer of a backend, perhaps something of this host that should have been translated before it got here.
+#[inline(always)]
+pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
+    match quick_egress(tables, packet) {
+        Quick::Verdict(verdict) => verdict,
+        Quick::Known => known_egress(tables, packet, device),
+        Quick::New => new_egress(tables, packet),
+    }
+}
+
+/// The first part of [`on_egress`]: packets in the middle of a flow, and those that are nobody's business.
+#[inline(always)]
+pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
+    if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        if packet.tcp.changes_nothing() {
+            life::note(tables, packet, Hook::Egress, &flow);
+            return Quick::decided(flow.set_source());
+        }
+        return Quick::Known;
+    }
+    if let Some(flow) = tables.transient(packet, Hook::Egress) {
+        if matches!(flow.role, Role::Forwarded) && flow.port != 0 {
+            return Quick::decided(flow.set_source());
+        }
+        return Quick::Known;
+    }
+    if !packet.may_open() {
+        return Quick::decided(Decision::pass(Reason::NoFlow));
+    }
+    super::quick_stranger(tables, packet, ClientKind::Host)
+}
+
+/// The part of [`on_egress`] that is for packets of a flow, wherever in it they stand.
+#[inline(always)]
+pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
+    if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        life::advance(tables, packet, Hook::Egress, &flow);
+        return flow.set_source().into();
+    }
+    let Some(mut flow) = tables.transient(packet, Hook::Egress) else {
+        // It has just been evicted.
+        return Decision::drop(Reason::NoFlow).into();
+    };
+    let reason = if matches!(flow.role, Role::Reply) {
+        life::establish(tables, packet);
+        Reason::Forwarded
+    } else if flow.port == 0 {
+        mask::mask(tables, packet, device, &mut flow)
+    } else {
+        Reason::Forwarded
+    };
+    let decision =
+        if matches!(reason, Reason::Forwarded) { flow.set_source() } else { Decision::drop(reason) };
+    decision.into()
+}
+
+/// The part of [`on_egress`] that is for packets without a flow. Pods' and strangers' packets were decided about where
+/// they came in: what is still addressed to a service here was sent by this host.
+#[inline(always)]
+pub fn new_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
+    let decision = match resolve(tables, &packet.connection(ClientKind::Host)) {
+        Resolution::Drop { reason, .. } => Decision::drop(reason),
+        Resolution::Reject { reason: Reason::UndefinedPort, .. } => Decision::drop(Reason::Unserved),
+        Resolution::Balance(_) | Resolution::Reject { .. }
+            if in_service_cidr(tables, &packet.destination) =>
+        {
+            Decision::drop(Reason::Unserved)
+        }
+        Resolution::Balance(_) | Resolution::Reject { .. } => Decision::pass(Reason::Unserved),
+        Resolution::Pass { reason, .. } => Decision::pass(reason),
+    };
+    decision.into()
+}

@@ -1,0 +1,205 @@
+//! Packets that come in: from clients to frontends, and from backends to the masks of clients.
+
+use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, life, mask};
+use crate::{
+    Backend, Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose,
+    client_of, is_masked, resolve,
+};
+
+/// A packet that comes in by the interface `device`, behind which clients of this kind live.
+///
+/// A flow keeps its backend while it lives. Only a TCP SYN, an SCTP INIT or a datagram opens one: what else has no flow
+/// passes.
+#[inline(always)]
+pub fn on_ingress<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    client: ClientKind,
+    device: u32,
+) -> PacketVerdict {
+    match quick_ingress(tables, packet, client) {
+        Quick::Verdict(verdict) => verdict,
+        Quick::Known => known_ingress(tables, packet),
+        Quick::New => match new_ingress(tables, packet, client) {
+            New::Verdict(verdict) => verdict,
+            New::Open(balance) => open_ingress(tables, packet, client, device, &balance),
+        },
+    }
+}
+
+/// The first part of [`on_ingress`]: packets in the middle of a flow, and those that are nobody's business.
+#[inline(always)]
+pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> Quick {
+    if let Some(flow) = tables.flow(packet, Hook::Ingress) {
+        if packet.tcp.changes_nothing() {
+            life::note(tables, packet, Hook::Ingress, &flow);
+            return Quick::decided(flow.set_destination());
+        }
+        // A SYN on an established flow is a new connection from a port that the client uses again.
+        return if packet.tcp.opens() { Quick::New } else { Quick::Known };
+    }
+    if let Some(flow) = tables.transient(packet, Hook::Ingress)
+        && (!packet.tcp.opens() || matches!(flow.state, FlowState::Opening))
+    {
+        return Quick::decided(flow.set_destination());
+    }
+    if !packet.may_open() {
+        return Quick::decided(Decision::pass(Reason::NoFlow));
+    }
+    super::quick_stranger(tables, packet, client)
+}
+
+/// The part of [`on_ingress`] that is for packets of a flow, wherever in it they stand.
+#[inline(always)]
+pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
+    let decision = if let Some(flow) = tables.flow(packet, Hook::Ingress) {
+        life::advance(tables, packet, Hook::Ingress, &flow);
+        flow.set_destination()
+    } else if let Some(flow) = tables.transient(packet, Hook::Ingress) {
+        flow.set_destination()
+    } else {
+        // It has just been evicted.
+        Decision::drop(Reason::NoFlow)
+    };
+    decision.into()
+}
+
+/// The part of [`on_ingress`] that is for packets without a flow, or that begin one anew.
+#[inline(always)]
+pub fn new_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> New {
+    let kind = client_of(tables, client, &packet.source);
+    let decision = match resolve(tables, &packet.connection(kind)) {
+        Resolution::Pass { reason, number } => {
+            if let (Reason::PassThrough, Some(number), ClientKind::Outside) = (reason, number, kind) {
+                tables.count(number, false);
+            }
+            Decision::pass(reason)
+        }
+        Resolution::Drop { reason, .. } => Decision::drop(reason),
+        Resolution::Reject { reason, .. } => match objection(packet) {
+            Reason::Forwarded => Decision::refuse(reason),
+            reason => Decision::drop(reason),
+        },
+        Resolution::Balance(balance) => match objection(packet) {
+            Reason::Forwarded => return New::Open(balance),
+            reason => Decision::drop(reason),
+        },
+    };
+    New::Verdict(decision.into())
+}
+
+/// The part of [`on_ingress`] that opens a flow to one of the backends of `balance`.
+#[inline(always)]
+pub fn open_ingress<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    client: ClientKind,
+    device: u32,
+    balance: &Balance,
+) -> PacketVerdict {
+    // What a connection before it, from the same port, has left.
+    life::retire(tables, packet, Hook::Ingress);
+    open(tables, packet, client, device, balance).into()
+}
+
+#[inline(always)]
+fn open<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    behind_device: ClientKind,
+    device: u32,
+    balance: &Balance,
+) -> Decision {
+    let connection = packet.connection(client_of(tables, behind_device, &packet.source));
+    let Some(config) = tables.config() else {
+        return Decision::pass(Reason::NotAService);
+    };
+    let Some(Choice { backend, slot }) =
+        choose(tables, balance, &connection.client, packet.hash(config.hash_seed))
+    else {
+        return Decision::drop(Reason::TableError);
+    };
+    let is_masked = is_masked(&balance.side, &backend, behind_device, &packet.source)
+        || backend.is_local() && tables.shares_bridge(device, &packet.source);
+    let inner_port = begin(tables, packet, &backend, balance.number, slot, is_masked);
+    if inner_port == 0 {
+        return Decision::drop(Reason::MaskPortsExhausted);
+    }
+    let client_port = if inner_port == u32::from(packet.source_port) { 0 } else { inner_port as u16 };
+    Decision::to(backend.address(), backend.port(), client_port)
+}
+
+/// Why nothing is opened by this packet, and nobody told so, whatever the Service says; [`Reason::Forwarded`] if there
+/// is no reason.
+#[inline(always)]
+fn objection(packet: &PacketMeta) -> Reason {
+    if packet.is_later_fragment {
+        // Its first was not translated either: refused, dropped, or its flow is gone since.
+        return Reason::EarlyFragment;
+    }
+    // Nobody can have sent these in good faith, or an answer would go astray: from no address, a group's, a loopback
+    // device's or the destination's own, or from or to the port 0.
+    if packet.source_port == 0
+        || packet.destination_port == 0
+        || packet.source == packet.destination
+        || !packet.source.is_unicast()
+    {
+        return Reason::HostileSource;
+    }
+    Reason::Forwarded
+}
+
+/// Enters a new flow; the client's inner port, or 0 if there was none left. A function of its own, as are others that
+/// change the tables: its stack is then not needed at the same time as its callers'. Their signatures hold no enums
+/// with data, which BTF has no form for.
+#[inline(never)]
+fn begin<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    backend: &Backend,
+    number: u32,
+    slot: u32,
+    is_masked: bool,
+) -> u32 {
+    let inner_port = tables.with_new(|flow| {
+        flow.client = packet.source;
+        flow.frontend = packet.destination;
+        flow.backend = backend.address();
+        flow.mask = packet.source;
+        flow.client_port = packet.source_port;
+        flow.frontend_port = packet.destination_port;
+        flow.backend_port = backend.port();
+        flow.mask_port = 0;
+        flow.inner_port = packet.source_port;
+        flow.protocol = packet.protocol;
+        flow.state = FlowState::Opening;
+        flow.number = number;
+        flow.service = backend.service();
+        flow.slot = slot;
+        flow.last_seen = tables.now();
+        if is_taken(tables, flow) && !mask::choose_inner_port(tables, packet, flow) {
+            return 0;
+        }
+        tables.put_transient(flow, Role::Request);
+        tables.put_transient(flow, Role::Reply);
+        if is_masked {
+            // Where the packet leaves, and so with which address it is masked, routing decides: the mask's port 0
+            // asks for it.
+            tables.put_transient(flow, Role::Forwarded);
+        }
+        u32::from(flow.inner_port)
+    });
+    if inner_port != 0 {
+        tables.count(number, true);
+    }
+    inner_port
+}
+
+/// Whether the backend's answers to this client and port belong to another frontend.
+#[inline(always)]
+fn is_taken<T: FlowTables>(tables: &T, flow: &Conversation) -> bool {
+    tables.occupant(flow, Role::Reply).is_some_and(|other| {
+        !matches!(other.state, FlowState::Closed)
+            && (other.address != flow.frontend || other.port != flow.frontend_port)
+    })
+}

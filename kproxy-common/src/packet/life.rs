@@ -1,0 +1,89 @@
+//! How flows come to be established, and end.
+
+use super::{FlowTables, Hit, PacketMeta, TcpFlags};
+use crate::{FlowState, Hook, Protocol, Role};
+
+/// How often a flow's last packet is noted: a store a second instead of one a packet.
+const NOTE_EVERY: u64 = 1_000_000_000;
+
+/// The backend has answered: the entries move to the table of established flows, where a flood of openings
+/// cannot push them out. An answer that closes at once (RST) leaves them where they are.
+#[inline(never)]
+pub(super) fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
+    if packet.tcp.has(TcpFlags::RST) {
+        return;
+    }
+    tables.with_transient(packet, Hook::Egress, |flow| {
+        if matches!(flow.state, FlowState::Closed) {
+            return;
+        }
+        flow.state = FlowState::Established;
+        flow.last_seen = tables.now();
+        let promote = |role| {
+            tables.put_flow(flow, role);
+            tables.remove_transient(flow, role);
+        };
+        promote(Role::Request);
+        promote(Role::Reply);
+        if flow.is_masked() {
+            promote(Role::Forwarded);
+            promote(Role::Return);
+        }
+    });
+}
+
+/// Notes a packet of an established flow, and retires the flow when it ends.
+#[inline(always)]
+pub(super) fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
+    let leads = matches!(flow.role, Role::Request | Role::Reply);
+    if leads && !matches!(packet.protocol, Protocol::Udp) {
+        if packet.tcp.has(TcpFlags::RST) {
+            return retire(tables, packet, hook);
+        }
+        if packet.tcp.has(TcpFlags::FIN) {
+            return finish(tables, packet, hook);
+        }
+    }
+    note(tables, packet, hook, flow);
+}
+
+/// Notes that a packet of an established flow was seen.
+#[inline(always)]
+pub(super) fn note<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
+    let now = tables.now();
+    if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
+        tables.note(packet, hook, flow.state, now);
+    }
+}
+
+/// One direction has sent its FIN; with the other's the flow ends.
+#[inline(never)]
+fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
+    let other = if matches!(hook, Hook::Ingress) { Role::Reply } else { Role::Request };
+    let other = tables.with_flow(packet, hook, |flow| tables.state_of(flow, other));
+    match other {
+        Some(Some(FlowState::Opening | FlowState::Established)) => {
+            tables.note(packet, hook, FlowState::Finished, tables.now());
+        }
+        Some(Some(FlowState::Finished | FlowState::Closed) | None) => retire(tables, packet, hook),
+        None => {}
+    }
+}
+
+/// A flow that ends goes back to the transient table, since its last acknowledgements are still to come.
+#[inline(never)]
+pub(super) fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
+    tables.with_flow(packet, hook, |flow| {
+        flow.state = FlowState::Closed;
+        let demote = |role| {
+            tables.put_transient(flow, role);
+            tables.remove_flow(flow, role);
+        };
+        demote(Role::Request);
+        demote(Role::Reply);
+        if flow.is_masked() {
+            demote(Role::Forwarded);
+            demote(Role::Return);
+        }
+    });
+}

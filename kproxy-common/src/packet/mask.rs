@@ -1,0 +1,74 @@
+//! Hiding clients behind an address of this node, or behind another port of their own.
+
+use super::{FlowTables, Hit, PacketMeta};
+use crate::{Config, Conversation, Hook, Reason, Role};
+
+/// How many ports are tried before the packet is dropped. The next packet of the same flow begins where its hash says
+/// again, but finds other ports taken and freed.
+const TRIES: u32 = 16;
+
+/// The first packet of a flow to be masked has come to the interface that it leaves by: gives it a port that no
+/// other flow to the same backend has, nor a socket of this host, and completes the flow's entries.
+#[inline(never)]
+pub(super) fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, masked: &mut Hit) -> Reason {
+    let Some(config) = tables.config() else {
+        return Reason::NoMaskAddress;
+    };
+    let Some(address) = tables.mask_address(device, &packet.source) else {
+        return Reason::NoMaskAddress;
+    };
+    let start = packet.hash(config.hash_seed);
+    let found = tables.with_transient(packet, Hook::Egress, |flow| {
+        flow.mask = address;
+        let mut tries = 0;
+        while tries < TRIES {
+            flow.mask_port = port(config, start, tries);
+            if !tables.has_socket(flow) && tables.put_new(flow, Role::Return) {
+                tables.put_transient(flow, Role::Request);
+                tables.put_transient(flow, Role::Forwarded);
+                tables.put_transient(flow, Role::Reply);
+                masked.address = address;
+                masked.port = flow.mask_port;
+                return true;
+            }
+            tries += 1;
+        }
+        false
+    });
+    match found {
+        Some(true) => Reason::Forwarded,
+        Some(false) => Reason::MaskPortsExhausted,
+        None => Reason::NoFlow,
+    }
+}
+
+/// The backend's answers to this client and port belong to another frontend: gives the client another port of its own
+/// towards this backend.
+#[inline(never)]
+pub(super) fn choose_inner_port<T: FlowTables>(
+    tables: &T,
+    packet: &PacketMeta,
+    flow: &mut Conversation,
+) -> bool {
+    let Some(config) = tables.config() else {
+        return false;
+    };
+    let start = packet.hash(config.hash_seed);
+    let mut tries = 0;
+    while tries < TRIES {
+        flow.inner_port = port(config, start, tries);
+        if tables.put_new(flow, Role::Reply) {
+            return true;
+        }
+        tries += 1;
+    }
+    false
+}
+
+/// One of the ports for masking. An odd step, so that two flows that meet at one port part at the next.
+#[inline(always)]
+fn port(config: &Config, start: u32, tries: u32) -> u16 {
+    let offset = start.wrapping_add(tries.wrapping_mul(start.rotate_left(16) | 1));
+    let offset = (u64::from(offset) * u64::from(config.mask_ports_count)) >> 32;
+    config.mask_ports_first.wrapping_add(offset as u32) as u16
+}
