@@ -35,11 +35,15 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: Cli
             life::note(tables, packet, Hook::Ingress, &flow);
             return Quick::decided(flow.set_destination());
         }
-        // A SYN on an established flow is a new connection from a port that the client uses again.
-        return if packet.tcp.opens() { Quick::New } else { Quick::Known };
+        // A client's SYN on an established flow is a new connection from a port that it uses again. A backend's is of
+        // the flow, as whatever it sends to a mask.
+        let is_again = packet.tcp.opens() && matches!(flow.role, Role::Request);
+        return if is_again { Quick::New } else { Quick::Known };
     }
     if let Some(flow) = tables.transient(packet, Hook::Ingress)
-        && (!packet.tcp.opens() || matches!(flow.state, FlowState::Opening))
+        && (!packet.tcp.opens()
+            || matches!(flow.state, FlowState::Opening)
+            || matches!(flow.role, Role::Return))
     {
         return Quick::decided(flow.set_destination());
     }

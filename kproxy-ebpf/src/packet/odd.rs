@@ -129,6 +129,9 @@ fn headers_v6(ctx: &TcContext, parsed: &mut Parsed) -> Result<Payload, Reason> {
     }
     parsed.meta.source = Address::from_words([header[2], header[3], header[4], header[5]]);
     parsed.meta.destination = Address::from_words([header[6], header[7], header[8], header[9]]);
+    if parsed.has_mapped_address() {
+        return Err(Reason::Malformed);
+    }
     let mut protocol = (u32::from_be(header[1]) >> 8) as u8;
     let mut at = network + IPV6_HEADER;
     let mut fragment = None;

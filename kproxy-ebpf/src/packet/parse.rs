@@ -59,6 +59,12 @@ impl Parsed {
         Some(parsed)
     }
 
+    /// Whether an IPv6 header has an address that is IPv4's from here on. None may be on a wire.
+    #[inline(always)]
+    pub fn has_mapped_address(&self) -> bool {
+        self.meta.source.is_v4() || self.meta.destination.is_v4()
+    }
+
     /// Whether this is IPv4.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
@@ -93,6 +99,9 @@ pub fn quick(ctx: &TcContext, parsed: &mut Parsed) -> Result<(), Unusual> {
             }
             parsed.meta.source = Address::from_words([header[2], header[3], header[4], header[5]]);
             parsed.meta.destination = Address::from_words([header[6], header[7], header[8], header[9]]);
+            if parsed.has_mapped_address() {
+                return Err(Unusual::Nobodys(Reason::Malformed));
+            }
             parsed.transport = network + IPV6_HEADER;
             (u32::from_be(header[1]) >> 8) as u8
         }
