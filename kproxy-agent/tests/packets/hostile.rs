@@ -224,7 +224,8 @@ pub fn packet(dice: &mut Dice, link: Link, kind: Kind) -> Vec<u8> {
                     [255, 255, 255, 255],
                 ])),
                 Family::V6 => {
-                    let all = [[0; 8], [0, 0, 0, 0, 0, 0, 0, 1], [0xff02, 0, 0, 0, 0, 0, 0, 1]];
+                    let mapped = [0, 0, 0, 0, 0, 0xffff, 0x0a60, 1];
+                    let all = [[0; 8], [0, 0, 0, 0, 0, 0, 0, 1], [0xff02, 0, 0, 0, 0, 0, 0, 1], mapped];
                     IpAddr::from(dice.of(&all))
                 }
             };

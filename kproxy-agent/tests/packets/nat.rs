@@ -132,7 +132,11 @@ impl Nat {
         peer: SocketAddr,
     ) {
         self.sessions.retain(|session| {
-            (session.protocol, session.client, session.frontend) != (protocol, client, frontend)
+            let is_same = (session.client, session.frontend) == (client, frontend);
+            // One that is over by another frontend gives way to one that the backend could not tell from it.
+            let gives_way =
+                session.state == State::Over && (session.client, session.backend) == (client, backend);
+            session.protocol != protocol || !is_same && !gives_way
         });
         let taken = self
             .sessions
