@@ -6,7 +6,7 @@ use etherparse::{IpHeaders, TcpOptionElement};
 use kproxy_common::{PacketVerdict, Protocol};
 
 use crate::{
-    cluster::{Family, Service, Who},
+    cluster::{Family, Ports, Service, Who},
     frame::{ACK, Frame, Link, PSH, SYN, Transport},
     hostile::Dice,
     world::{At, Device, ROOM, World, in_world, is_long_enough},
@@ -20,7 +20,7 @@ fn with_flow(test: impl Fn(&mut World, &Flow) + Send + Sync) {
         world.have(&[Service::new(1, &[Who::There(1)])]);
         for family in [Family::V4, Family::V6] {
             for link in Link::ALL {
-                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                     let flow = Flow::open(world, family, link, protocol);
                     test(world, &flow);
                 }
@@ -41,9 +41,9 @@ struct Flow {
 
 impl Flow {
     fn open(world: &mut World, family: Family, link: Link, protocol: Protocol) -> Self {
-        let (port, target) = if protocol == Protocol::Udp { (30_201, 5_353) } else { (30_101, 8_080) };
-        let (client, frontend) = (CLIENT.at(family, 20_000), Who::Node.at(family, port));
-        let backend = Who::There(1).at(family, target);
+        let ports = Ports::of(protocol);
+        let (client, frontend) = (CLIENT.at(family, 20_000), Who::Node.at(family, ports.node_port(1)));
+        let backend = Who::There(1).at(family, ports.target);
         let first = Frame::of(protocol, link, client, frontend, SYN);
         let (_, sent) = world.meet(At::In(Device::Uplink), link, &first);
         let (_, sent) = world.meet(At::Out(Device::Uplink), link, &sent.expect("it goes on"));

@@ -7,6 +7,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use kproxy::{model::Change, wanted::ServiceKey};
+use kproxy_common::Protocol;
 use serde_json::{Value, json};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -100,15 +101,37 @@ pub enum Endpoint {
     Terminating(Who),
 }
 
-pub const HTTP: u16 = 80;
-pub const DNS: u16 = 53;
+/// Ports of every Service: its own, the first of the NodePorts (to which the Service's number is added), and that of its
+/// endpoints.
+pub struct Ports {
+    pub port: u16,
+    node_ports: u16,
+    pub target: u16,
+}
 
-/// Port 80 of TCP and 53 of UDP, with the NodePorts 30100 and 30200 plus the Service's number.
-pub fn ports(number: u8) -> Vec<Port> {
-    vec![
-        Port { port: HTTP, node_port: 30_100 + u16::from(number), target: 8_080, protocol: "TCP" },
-        Port { port: DNS, node_port: 30_200 + u16::from(number), target: 5_353, protocol: "UDP" },
-    ]
+impl Ports {
+    pub fn of(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Tcp => Self { port: 80, node_ports: 30_100, target: 8_080 },
+            Protocol::Udp => Self { port: 53, node_ports: 30_400, target: 5_353 },
+            Protocol::Sctp => Self { port: 3_868, node_ports: 30_700, target: 13_868 },
+        }
+    }
+
+    pub fn node_port(&self, number: u8) -> u16 {
+        self.node_ports + u16::from(number)
+    }
+}
+
+/// Those of the Service with this number.
+fn ports(number: u8) -> Vec<Port> {
+    [(Protocol::Tcp, "TCP"), (Protocol::Udp, "UDP"), (Protocol::Sctp, "SCTP")]
+        .map(|(protocol, name)| {
+            let ports = Ports::of(protocol);
+            let node_port = ports.node_port(number);
+            Port { port: ports.port, node_port, target: ports.target, protocol: name }
+        })
+        .to_vec()
 }
 
 impl Service {

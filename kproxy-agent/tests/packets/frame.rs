@@ -49,6 +49,51 @@ pub enum Transport {
     Tcp(TcpHeader),
     /// `false`: the checksum is left out.
     Udp(UdpHeader, bool),
+    Sctp(Sctp),
+}
+
+/// The common header and the type of the one chunk (RFC 9260, 3), which the library does not know.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Sctp {
+    source_port: u16,
+    destination_port: u16,
+    tag: u32,
+    chunk: u8,
+}
+
+impl Sctp {
+    const COMMON_HEADER: usize = 12;
+    const LENGTH: usize = Self::COMMON_HEADER + 4;
+
+    /// Of a chunk that has this type because that is what TCP's flags would come to.
+    fn chunk(flags: u8) -> u8 {
+        const DATA: u8 = 0;
+        const INIT: u8 = 1;
+        const INIT_ACK: u8 = 2;
+        const ABORT: u8 = 6;
+        const SHUTDOWN: u8 = 7;
+        match flags {
+            SYN => INIT,
+            _ if flags & RST != 0 => ABORT,
+            _ if flags & SYN != 0 => INIT_ACK,
+            _ if flags & FIN != 0 => SHUTDOWN,
+            _ => DATA,
+        }
+    }
+
+    fn bytes(&self, payload: &[u8]) -> Vec<u8> {
+        let Self { source_port, destination_port, tag, chunk } = self;
+        let mut packet = [source_port.to_be_bytes(), destination_port.to_be_bytes()].concat();
+        packet.extend(tag.to_be_bytes());
+        packet.extend([0; 4]);
+        packet.extend([*chunk, 0]);
+        packet.extend(((4 + payload.len()) as u16).to_be_bytes());
+        packet.extend(payload);
+        let crc = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI).checksum(&packet);
+        packet[8..Self::COMMON_HEADER].copy_from_slice(&crc.to_le_bytes());
+        packet.truncate(Self::LENGTH);
+        packet
+    }
 }
 
 impl Frame {
@@ -67,12 +112,19 @@ impl Frame {
         Self::new(link, from.ip(), to.ip(), Transport::Udp(header, true)).with_payload(b"a datagram")
     }
 
-    /// TCP with these flags, or UDP, which has none.
+    /// One chunk of what these flags would come to.
+    fn sctp(link: Link, from: SocketAddr, to: SocketAddr, flags: u8) -> Self {
+        let (source_port, destination_port) = (from.port(), to.port());
+        let header = Sctp { source_port, destination_port, tag: 0x0102_0304, chunk: Sctp::chunk(flags) };
+        Self::new(link, from.ip(), to.ip(), Transport::Sctp(header)).with_payload(b"sixteen octets..")
+    }
+
+    /// TCP or SCTP with these flags, or UDP, which has none.
     pub fn of(protocol: Protocol, link: Link, from: SocketAddr, to: SocketAddr, flags: u8) -> Self {
         match protocol {
             Protocol::Tcp => Self::tcp(link, from, to, flags),
             Protocol::Udp => Self::udp(link, from, to),
-            Protocol::Sctp => panic!("no SCTP here"),
+            Protocol::Sctp => Self::sctp(link, from, to, flags),
         }
     }
 
@@ -80,6 +132,7 @@ impl Frame {
         let number = match &transport {
             Transport::Tcp(_) => IpNumber::TCP,
             Transport::Udp(..) => IpNumber::UDP,
+            Transport::Sctp(_) => IpNumber::SCTP,
         };
         let ip = match (from, to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -125,6 +178,7 @@ impl Frame {
         match &mut self.transport {
             Transport::Tcp(header) => header.destination_port = to.port(),
             Transport::Udp(header, _) => header.destination_port = to.port(),
+            Transport::Sctp(header) => header.destination_port = to.port(),
         }
         self
     }
@@ -139,6 +193,7 @@ impl Frame {
         match &mut self.transport {
             Transport::Tcp(header) => header.source_port = from.port(),
             Transport::Udp(header, _) => header.source_port = from.port(),
+            Transport::Sctp(header) => header.source_port = from.port(),
         }
         self
     }
@@ -171,6 +226,7 @@ impl Frame {
         match &self.transport {
             Transport::Tcp(header) => (header.source_port, header.destination_port),
             Transport::Udp(header, _) => (header.source_port, header.destination_port),
+            Transport::Sctp(header) => (header.source_port, header.destination_port),
         }
     }
 
@@ -178,6 +234,7 @@ impl Frame {
         match &self.transport {
             Transport::Tcp(_) => Protocol::Tcp,
             Transport::Udp(..) => Protocol::Udp,
+            Transport::Sctp(_) => Protocol::Sctp,
         }
     }
 
@@ -185,7 +242,7 @@ impl Frame {
     pub fn tcp_header(&self) -> Option<&TcpHeader> {
         match &self.transport {
             Transport::Tcp(header) => Some(header),
-            Transport::Udp(..) => None,
+            Transport::Udp(..) | Transport::Sctp(_) => None,
         }
     }
 
@@ -201,6 +258,7 @@ impl Frame {
             tcp: match &self.transport {
                 Transport::Tcp(header) => TcpFlags { bits: flags(header) },
                 Transport::Udp(..) => TcpFlags::default(),
+                Transport::Sctp(header) => TcpFlags::of_sctp_chunk(header.chunk),
             },
             is_later_fragment: false,
         }
@@ -212,6 +270,7 @@ impl Frame {
         let length = match &self.transport {
             Transport::Tcp(header) => header.header_len(),
             Transport::Udp(..) => UdpHeader::LEN,
+            Transport::Sctp(_) => Sctp::LENGTH,
         };
         ip.set_payload_len(length + self.payload.len()).expect("a packet is at most 64 KiB");
         if let IpHeaders::Ipv4(header, _) = &mut ip {
@@ -271,6 +330,20 @@ impl Frame {
                 let has_checksum = header.checksum != 0;
                 (Transport::Udp(header, has_checksum), body)
             }
+            IpNumber::SCTP => {
+                let all = payload.payload;
+                let (head, body) = all.split_at_checked(Sctp::LENGTH).ok_or("SCTP is cut short")?;
+                if usize::from(u16::from_be_bytes([head[14], head[15]])) != 4 + body.len() {
+                    return Err("not one chunk".to_owned());
+                }
+                let header = Sctp {
+                    source_port: u16::from_be_bytes([head[0], head[1]]),
+                    destination_port: u16::from_be_bytes([head[2], head[3]]),
+                    tag: u32::from_be_bytes([head[4], head[5], head[6], head[7]]),
+                    chunk: head[12],
+                };
+                (Transport::Sctp(header), body)
+            }
             other => return Err(format!("protocol {}", other.0)),
         };
         Ok(Self { ethernet, ip, transport, payload: body.to_vec() })
@@ -283,7 +356,7 @@ impl Frame {
         let transport = network + self.ip.header_len();
         let at = match &self.transport {
             Transport::Tcp(_) => Some(transport + 16),
-            Transport::Udp(..) => None,
+            Transport::Udp(..) | Transport::Sctp(_) => None,
         };
         [matches!(self.ip, IpHeaders::Ipv4(..)).then_some(network + 10), at]
     }
@@ -306,6 +379,7 @@ impl Transport {
                 .expect("a packet is at most 64 KiB");
                 header.to_bytes().to_vec()
             }
+            Self::Sctp(header) => header.bytes(payload),
             Self::Udp(header, has_checksum) => {
                 let mut header = header.clone();
                 header.length = (UdpHeader::LEN + payload.len()) as u16;

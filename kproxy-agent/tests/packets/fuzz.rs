@@ -362,6 +362,9 @@ impl Reading {
             // Its length lies.
             return Ok(());
         };
+        if old.len() < 12 {
+            return Ok(());
+        }
         let field = |packet: &[u8]| u32::from_le_bytes([packet[8], packet[9], packet[10], packet[11]]);
         if field(old) == 0 {
             let stays = field(new) == 0;

@@ -9,7 +9,7 @@ use etherparse::{
 use kproxy_common::Protocol;
 
 use crate::{
-    cluster::{DNS, Family, HTTP, Who},
+    cluster::{Family, Ports, Who},
     frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
 };
 
@@ -189,7 +189,7 @@ pub fn packet(dice: &mut Dice, link: Link, kind: Kind) -> Vec<u8> {
         Kind::Sctp => {
             let mut chunk = dice.bytes(16);
             chunk[0] = dice.of(&[1, 2, 0, 3, 6, 7, 14, 255]);
-            let (from, to) = ends(dice, family, Protocol::Tcp);
+            let (from, to) = ends(dice, family, Protocol::Sctp);
             let mut payload = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
             payload.extend(dice.bytes(8));
             payload.extend(chunk);
@@ -245,7 +245,7 @@ pub fn sound(dice: &mut Dice, link: Link, family: Family) -> Frame {
     let known = dice.met.get(at).copied();
     let known = known.filter(|(_, from, _)| from.is_ipv4() == (family == Family::V4));
     let (protocol, from, to) = known.unwrap_or_else(|| {
-        let protocol = dice.of(&[Protocol::Tcp, Protocol::Udp]);
+        let protocol = dice.of(&[Protocol::Tcp, Protocol::Udp, Protocol::Sctp]);
         let (from, to) = ends(dice, family, protocol);
         (protocol, from, to)
     });
@@ -257,7 +257,7 @@ pub fn sound(dice: &mut Dice, link: Link, family: Family) -> Frame {
 /// From somebody to a Service, from a backend to somebody or to a mask, or from anybody to anybody; from few ports,
 /// so that flows are met again.
 fn ends(dice: &mut Dice, family: Family, protocol: Protocol) -> (SocketAddr, SocketAddr) {
-    let target = if protocol == Protocol::Udp { 5_353 } else { 8_080 };
+    let target = Ports::of(protocol).target;
     let somebody = dice.of(&PEOPLE).at(family, 20_000 + dice.below(4) as u16);
     match dice.below(8) {
         0..5 => (somebody, service(dice, family, protocol)),
@@ -269,12 +269,12 @@ fn ends(dice: &mut Dice, family: Family, protocol: Protocol) -> (SocketAddr, Soc
 
 fn service(dice: &mut Dice, family: Family, protocol: Protocol) -> SocketAddr {
     let number = 1 + dice.below(4) as u8;
-    let (port, node_port) = if protocol == Protocol::Udp { (DNS, 30_200) } else { (HTTP, 30_100) };
+    let ports = Ports::of(protocol);
     match dice.below(6) {
-        0 | 1 => Who::ClusterIp(number).at(family, port),
-        2 => Who::Node.at(family, node_port + u16::from(number)),
-        3 => Who::LoadBalancer(number).at(family, port),
-        4 => Who::External(number).at(family, port),
+        0 | 1 => Who::ClusterIp(number).at(family, ports.port),
+        2 => Who::Node.at(family, ports.node_port(number)),
+        3 => Who::LoadBalancer(number).at(family, ports.port),
+        4 => Who::External(number).at(family, ports.port),
         _ => Who::ClusterIp(number).at(family, 1 + dice.below(100) as u16),
     }
 }

@@ -9,7 +9,7 @@ use kproxy::programs::Capacities;
 use kproxy_common::{Flow, FlowKey, FlowState, Protocol, Role, map_names};
 
 use crate::{
-    cluster::{Family, Service, Who},
+    cluster::{Family, Ports, Service, Who},
     frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
     hostile::Dice,
     world::{Action, At, Device, World, in_world},
@@ -81,7 +81,7 @@ fn with_standing(test: impl FnOnce(&mut World, &[Connection]) + Send) {
         for number in 0..STANDING {
             let protocol = if number % 4 == 0 { Protocol::Udp } else { Protocol::Tcp };
             let family = if number % 2 == 0 { Family::V4 } else { Family::V6 };
-            let frontend = Who::Node.at(family, if protocol == Protocol::Udp { 30_201 } else { 30_101 });
+            let frontend = node_port(family, protocol);
             let client = Who::Client(1).at(family, 20_000 + number);
             let connection = Connection::ask(world, protocol, client, frontend).expect("there is room");
             assert!(connection.reply(world, SYN | ACK) && connection.request(world, ACK));
@@ -113,7 +113,7 @@ fn a_day_of_connections_past_a_dead_agent() {
             // 250 clients with 25,000 ports each: what comes again comes much later.
             let (host, port) = ((number % 250) as u8, 30_000 + (number / 250 % 25_000) as u16);
             let client = Who::Client(host.max(2)).at(family, port);
-            let connection = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(family, 30_101))
+            let connection = Connection::ask(world, Protocol::Tcp, client, node_port(family, Protocol::Tcp))
                 .unwrap_or_else(|| panic!("connection {number} is not taken"));
             let arrived = connection.reply(world, SYN | ACK)
                 && connection.request(world, ACK)
@@ -158,15 +158,15 @@ fn a_flood_of_openings_pushes_nobody_out() {
         let mut dice = Dice::new(6);
         for number in 0..FLOOD {
             let family = dice.of(&[Family::V4, Family::V6]);
-            let (protocol, port) = dice.of(&[(Protocol::Tcp, 30_101), (Protocol::Udp, 30_201)]);
+            let protocol = dice.of(&[Protocol::Tcp, Protocol::Udp]);
             // Nobody is there to answer: the addresses are forged.
             let client = Who::Client(2 + dice.below(250) as u8).at(family, 1 + dice.below(65_535) as u16);
-            Connection::ask(world, protocol, client, Who::Node.at(family, port));
+            Connection::ask(world, protocol, client, node_port(family, protocol));
             if number % 25_000 == 0 {
                 all_stand(world, standing, "in the flood");
                 // One who comes in the middle of it is served as well.
                 let client = Who::Client(1).at(family, 40_000 + (number / 25_000) as u16);
-                let late = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(family, 30_101));
+                let late = Connection::ask(world, Protocol::Tcp, client, node_port(family, Protocol::Tcp));
                 let late = late.expect("it is taken");
                 assert!(
                     late.reply(world, SYN | ACK) && late.request(world, ACK | PSH) && late.reply(world, RST)
@@ -191,11 +191,12 @@ fn only_the_backends_answer_makes_a_flow_established() {
     with_standing(|world, _| {
         let established = world.entries(map_names::FLOW).len();
         let client = Who::Client(9).at(Family::V4, 20_000);
-        let asked = Connection::ask(world, Protocol::Tcp, client, Who::Node.at(Family::V4, 30_101)).unwrap();
+        let asked =
+            Connection::ask(world, Protocol::Tcp, client, node_port(Family::V4, Protocol::Tcp)).unwrap();
         for flags in [ACK, ACK | PSH, ACK | FIN, RST] {
             asked.request(world, flags);
         }
-        let other = Who::There(2).at(Family::V4, 8_080);
+        let other = Who::There(2).at(Family::V4, Ports::of(Protocol::Tcp).target);
         for flags in [SYN | ACK, ACK] {
             let forged = Frame::of(Protocol::Tcp, Link::Ethernet, other, asked.peer, flags);
             pass(world, At::In(Device::Uplink), &forged);
@@ -207,6 +208,10 @@ fn only_the_backends_answer_makes_a_flow_established() {
         let roles = world.entries(map_names::FLOW).len() - established;
         assert_eq!(roles, if asked.peer == client { [Role::Request, Role::Reply].len() } else { 4 });
     });
+}
+
+fn node_port(family: Family, protocol: Protocol) -> SocketAddr {
+    Who::Node.at(family, Ports::of(protocol).node_port(1))
 }
 
 fn timeless(entries: BTreeMap<FlowKey, Flow>) -> BTreeMap<FlowKey, Flow> {

@@ -16,7 +16,7 @@ use proptest::{
 use serde_json::json;
 
 use crate::{
-    cluster::{DNS, Family, HTTP, Service, Who},
+    cluster::{Family, Ports, Service, Who},
     frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
     nat::{Fate, Nat, Session, offer},
     world::{At, Device, MASK_PORTS, ROOM, World, in_world},
@@ -222,11 +222,11 @@ impl History<'_, '_> {
 
     fn ask(&mut self, client: u8, port: u8, service: u8, address: Address, protocol: Protocol, flags: u8) {
         let client = CLIENTS[usize::from(client)];
-        let (plain, node_port) = if protocol == Protocol::Udp { (DNS, 30_200) } else { (HTTP, 30_100) };
+        let ports = Ports::of(protocol);
         let frontend = match address {
-            Address::ClusterIp => Who::ClusterIp(service).at(self.family, plain),
-            Address::LoadBalancer => Who::LoadBalancer(service).at(self.family, plain),
-            Address::NodePort => Who::Node.at(self.family, node_port + u16::from(service)),
+            Address::ClusterIp => Who::ClusterIp(service).at(self.family, ports.port),
+            Address::LoadBalancer => Who::LoadBalancer(service).at(self.family, ports.port),
+            Address::NodePort => Who::Node.at(self.family, ports.node_port(service)),
         };
         // Few, so that a client uses one for several frontends, which may have a backend in common.
         let port = 20_000 + u16::from(port);

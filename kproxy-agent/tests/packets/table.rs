@@ -8,7 +8,7 @@ use kproxy_common::{FlowState, PacketVerdict, Protocol, Reason, map_names};
 use serde_json::json;
 
 use crate::{
-    cluster::{DNS, Endpoint, Family, HTTP, Service, Who},
+    cluster::{Endpoint, Family, Ports, Service, Who},
     frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
     world::{At, Device, MASK_PORTS, ROOM, World, in_world},
 };
@@ -80,6 +80,7 @@ fn services() -> Vec<Service> {
         Service::new(11, BOTH).with_spec(json!({"internalTrafficPolicy": "Local"})),
         Service::new(12, &[There(100)]),
         Service { endpoints: vec![Endpoint::Terminating(Here(1))], ..Service::new(13, &[]) },
+        Service::new(14, &[Here(5)]),
     ]
 }
 
@@ -111,6 +112,9 @@ const TABLE: &[Row] = &[
     row(Here(5), NodePort(1), To(BOTH)),
     row(Here(5), LoadBalancer(1), To(BOTH)),
     row(Here(5), External(1), To(BOTH)),
+    // A pod that is its own backend sees the node, since it would take a packet from itself for a forged one.
+    row(Here(5), ClusterIp(14), Hidden(&[Here(5)])),
+    row(Here(5), NodePort(14), Hidden(&[Here(5)])),
     // A pod of another node asks this one: inside, but what goes on to another node must come back this way.
     row(There(5), ClusterIp(1), Masked(BOTH)),
     row(There(5), NodePort(1), Masked(BOTH)),
@@ -192,7 +196,9 @@ fn flows_are_translated_as_the_table_says() {
                         End::BackendResets,
                         End::Refused,
                     ],
-                    Protocol::Udp | Protocol::Sctp => &[End::ClientFirst],
+                    // What closes SCTP is a SHUTDOWN COMPLETE, an end at once as an ABORT is.
+                    Protocol::Sctp => &[End::ClientResets, End::BackendResets, End::Refused],
+                    Protocol::Udp => &[End::ClientFirst],
                 };
                 for end in ends {
                     port += 1;
@@ -220,7 +226,7 @@ fn what_the_host_sends_untranslated_does_not_leave() {
                     let (verdict, _) = world.meet(At::Out(Device::Uplink), link, &packet);
                     // TCP that opens nothing is not looked up: what it belongs to was opened before.
                     let expect = match (protocol, flags) {
-                        (Protocol::Tcp, ACK) => Pass(Reason::NoFlow),
+                        (Protocol::Tcp | Protocol::Sctp, ACK) => Pass(Reason::NoFlow),
                         _ => *expect,
                     };
                     let about = format!("{asks:?}: {family:?} {link:?} {protocol:?} {flags}");
@@ -283,7 +289,7 @@ fn ways(client: Who) -> Vec<(Family, Link, Protocol)> {
             if matches!((client, link), (Here(_), Link::Ip)) {
                 continue;
             }
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                 ways.push((family, link, protocol));
             }
         }
@@ -293,14 +299,14 @@ fn ways(client: Who) -> Vec<(Family, Link, Protocol)> {
 
 impl Frontend {
     fn at(self, family: Family, protocol: Protocol) -> SocketAddr {
-        let port = if protocol == Protocol::Udp { DNS } else { HTTP };
-        let node_port = |n: u8| u16::from(n) + if protocol == Protocol::Udp { 30_200 } else { 30_100 };
+        let ports = Ports::of(protocol);
+        let port = ports.port;
         match self {
             Self::ClusterIp(n) => Who::ClusterIp(n).at(family, port),
             Self::LoadBalancer(n) => Who::LoadBalancer(n).at(family, port),
             Self::External(n) => Who::External(n).at(family, port),
-            Self::NodePort(n) => Who::Node.at(family, node_port(n)),
-            Self::NodePortAside(n) => Who::NodeAside.at(family, node_port(n)),
+            Self::NodePort(n) => Who::Node.at(family, ports.node_port(n)),
+            Self::NodePortAside(n) => Who::NodeAside.at(family, ports.node_port(n)),
             Self::UndefinedPort(n) => Who::ClusterIp(n).at(family, 81),
             Self::UndefinedBalancerPort(n) => Who::LoadBalancer(n).at(family, 81),
             Self::Unallocated => Who::Unallocated.at(family, port),
@@ -376,7 +382,7 @@ impl Conversation {
         };
         let sent = sent.unwrap_or_else(|| panic!("{about}: {verdict:?}"));
         let backend = sent.destination();
-        let target = if self.protocol == Protocol::Udp { 5_353 } else { 8_080 };
+        let target = Ports::of(self.protocol).target;
         let who = among.iter().copied().find(|who| who.at(self.family, target) == backend);
         let who = who.unwrap_or_else(|| panic!("{about}: went to {backend}, not one of {among:?}"));
         let backend_device = device_of(who);
@@ -409,7 +415,7 @@ impl Conversation {
         self.request(world, way, ACK, about);
         self.request(world, way, ACK | PSH, about);
         self.reply(world, way, ACK | PSH, about);
-        if self.protocol != Protocol::Tcp {
+        if self.protocol == Protocol::Udp {
             return self.states(world, map_names::FLOW, way, FlowState::Established, about);
         }
         match end {
