@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Mutex};
 
-use etherparse::{IpHeaders, TcpOptionElement};
+use etherparse::{
+    IpFragOffset, IpHeaders, IpNumber, Ipv6Extensions, Ipv6FragmentHeader, Ipv6RawExtHeader,
+    Ipv6RoutingExtensions, TcpOptionElement,
+};
 use kproxy_common::{PacketVerdict, Protocol};
 
 use crate::{
@@ -183,6 +186,46 @@ fn options_are_skipped_and_kept() {
                     packet
                 });
             }
+        }
+    });
+}
+
+#[test]
+fn extension_headers_are_skipped_and_kept() {
+    let raw = |next, length: usize| {
+        Ipv6RawExtHeader::new_raw(next, &vec![0; length]).expect("it has a length that such headers have")
+    };
+    let options = |length| Some(raw(IpNumber(0), length));
+    let routing = |length| {
+        Some(Ipv6RoutingExtensions { routing: raw(IpNumber(0), length), final_destination_options: None })
+    };
+    // A whole datagram that a translator in between has put into a fragment of its own.
+    let atomic = Some(Ipv6FragmentHeader::new(IpNumber(0), IpFragOffset::ZERO, false, 7));
+    let chains = [
+        Ipv6Extensions { hop_by_hop_options: options(6), ..Ipv6Extensions::default() },
+        Ipv6Extensions { destination_options: options(22), ..Ipv6Extensions::default() },
+        Ipv6Extensions { fragment: atomic.clone(), ..Ipv6Extensions::default() },
+        Ipv6Extensions {
+            hop_by_hop_options: options(14),
+            destination_options: options(6),
+            routing: routing(22),
+            fragment: atomic,
+            ..Ipv6Extensions::default()
+        },
+    ];
+    with_flow(|world, flow| {
+        if flow.client.is_ipv4() {
+            return;
+        }
+        for chain in &chains {
+            flow.everywhere(world, |from, to| {
+                let mut packet = flow.packet(from, to).with_payload(b"behind all headers");
+                if let IpHeaders::Ipv6(header, extensions) = &mut packet.ip {
+                    *extensions = chain.clone();
+                    header.next_header = extensions.set_next_headers(header.next_header);
+                }
+                packet
+            });
         }
     });
 }

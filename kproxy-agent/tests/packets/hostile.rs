@@ -280,7 +280,7 @@ fn service(dice: &mut Dice, family: Family, protocol: Protocol) -> SocketAddr {
 }
 
 /// Payload behind an IP header that is right about it.
-fn with_ip_header(link: Link, from: IpAddr, to: IpAddr, number: IpNumber, payload: &[u8]) -> Vec<u8> {
+pub fn with_ip_header(link: Link, from: IpAddr, to: IpAddr, number: IpNumber, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     if link == Link::Ethernet {
         out.extend([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);

@@ -4,6 +4,9 @@
 mod answers;
 mod checksums;
 mod cluster;
+mod errors;
+mod flow;
+mod fragments;
 mod frame;
 mod fuzz;
 mod hostile;
