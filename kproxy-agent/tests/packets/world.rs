@@ -326,8 +326,8 @@ impl World {
         (verdict, (action == Action::Next).then_some(expected))
     }
 
-    /// No packet was ever met, and there is no Service.
-    pub fn reset(&mut self) {
+    /// No packet was ever met.
+    pub fn forget(&mut self) {
         for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
             let map = self.programs.object().map_mut(map).expect("the map is in the object");
             let mut map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
@@ -341,6 +341,11 @@ impl World {
         let devices = std::mem::take(&mut self.host.devices);
         self.host = Flows::default();
         self.host.devices = devices;
+    }
+
+    /// The same, and there is no Service.
+    pub fn reset(&mut self) {
+        self.forget();
         let services: Vec<_> = self.reconciler.tables().services().cloned().collect();
         let gone = services.into_iter().flat_map(|key| {
             let slices = ["v4", "v6"].map(|family| {
