@@ -25,7 +25,7 @@ use kproxy::programs::Programs;
 use kproxy_common::{PacketVerdict, Protocol};
 use serde_json::json;
 
-use cluster::{Family, Port, Service, Who};
+use cluster::{Family, Port, Ports, Service, Who};
 use frame::{ACK, Frame, Link, PSH, SYN};
 use world::{At, Device, ROOM, World, context, in_world, program};
 
@@ -177,7 +177,8 @@ fn paths(world: &mut World) -> Vec<Path> {
     }
     for family in [Family::V4, Family::V6] {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
-            let (port, node_port) = if protocol == Protocol::Udp { (53, 30_202) } else { (80, 30_102) };
+            let ports = Ports::of(protocol);
+            let (port, node_port) = (ports.port, ports.node_port(2));
             let mut first = |what: &str, at, to, then| {
                 let what = format!("{what}, {protocol:?}, {family:?}");
                 let packets = Packets::First { protocol, family, to, then };
