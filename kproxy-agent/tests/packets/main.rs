@@ -11,6 +11,7 @@ mod frame;
 mod fuzz;
 mod hostile;
 mod longrun;
+mod masks;
 mod nat;
 mod property;
 mod table;

@@ -1,6 +1,11 @@
 //! The loaded programs over maps that the agent's own code fills, and the same decision on the host, side by side.
 
-use std::{collections::BTreeMap, net::SocketAddr, os::fd::AsFd as _, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
+    time::SystemTime,
+};
 
 use aya::{
     maps::{HashMap, Map, MapData},
@@ -200,6 +205,28 @@ impl World {
         let report = self.reconciler.run(&mut self.maps, now);
         assert!(report.failed.is_empty(), "{:?}", report.failed);
         self.reconciler.settle(&mut self.maps, now);
+    }
+
+    /// Clients are masked with these ports from now on: the first, and how many.
+    pub fn use_mask_ports(&mut self, (first, count): (u16, u16)) {
+        (self.config.mask_ports_first, self.config.mask_ports_count) = (first.into(), count.into());
+        self.maps.write_config(&self.config).expect("the configuration is written");
+    }
+
+    /// An interface of this namespace has this address, and sockets can have it.
+    pub fn have_address(&self, device: Device, address: IpAddr) {
+        let index = self.index(device);
+        let name = nix::net::if_::if_indextoname(index).expect("the interface is there");
+        let name = name.to_str().expect("it was named here");
+        ip(&["link", "set", name, "up"]);
+        // Without duplicate address detection, which there is nobody for.
+        let flags: &[&str] = if address.is_ipv6() { &["nodad"] } else { &[] };
+        ip(&[&["address", "add", &address.to_string(), "dev", name][..], flags].concat());
+    }
+
+    /// The host's decision is to know of these sockets; the programs see them.
+    pub fn know_sockets(&mut self, bound: &[SocketAddr]) {
+        self.host.sockets.extend(bound.iter().map(|socket| (socket.ip().into(), socket.port())));
     }
 
     pub fn index(&self, device: Device) -> u32 {
@@ -459,13 +486,15 @@ fn now() -> u64 {
 /// Pairs of interfaces, of which the near ends are the node's.
 fn make_devices() -> [u32; 3] {
     ["uplink", "aside", "pod"].map(|name| {
-        let made = std::process::Command::new("ip")
-            .args(["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-far")])
-            .status()
-            .expect("iproute2 is installed");
-        assert!(made.success(), "cannot make the interface {name}");
+        ip(&["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-far")]);
         nix::net::if_::if_nametoindex(name).expect("it was just made")
     })
+}
+
+/// In this thread's namespace.
+fn ip(words: &[&str]) {
+    let status = std::process::Command::new("ip").args(words).status().expect("iproute2 is installed");
+    assert!(status.success(), "ip {words:?} failed");
 }
 
 fn data_of(map: &Map) -> &MapData {

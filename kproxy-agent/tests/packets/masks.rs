@@ -1,0 +1,90 @@
+//! Ports that clients are masked with: each given out once towards a backend, none that a socket of this node has, and
+//! no wrong connection when there is none left.
+
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, UdpSocket},
+};
+
+use kproxy_common::{PacketVerdict, Protocol, Reason};
+
+use crate::{
+    cluster::{Family, Ports, Service, Who},
+    frame::{Frame, Link, SYN},
+    world::{At, Device, ROOM, World, in_world},
+};
+
+/// The only ports there are.
+const FEW: (u16, u16) = (61_000, 32);
+const CLIENTS: u16 = 200;
+
+/// Clients ask one after the other; what they are masked with, or `None` where they are dropped.
+fn ask(world: &mut World, family: Family, protocol: Protocol) -> Vec<Option<SocketAddr>> {
+    let frontend = Who::Node.at(family, Ports::of(protocol).node_port(1));
+    let first = |number| {
+        let client = Who::Client(1).at(family, 20_000 + number);
+        let packet = Frame::of(protocol, Link::Ethernet, client, frontend, SYN);
+        let (_, sent) = world.meet(At::In(Device::Uplink), Link::Ethernet, &packet);
+        let (verdict, sent) = world.meet(At::Out(Device::Uplink), Link::Ethernet, &sent.expect("it goes on"));
+        if sent.is_none() {
+            assert_eq!(verdict, PacketVerdict::Drop { reason: Reason::MaskPortsExhausted });
+        }
+        sent.map(|sent| sent.source())
+    };
+    (0..CLIENTS).map(first).collect()
+}
+
+/// Each mask once, of the ports that there are, and most of them.
+fn check(masks: &[Option<SocketAddr>], free: &BTreeSet<u16>) {
+    let given: Vec<u16> = masks.iter().flatten().map(SocketAddr::port).collect();
+    let distinct: BTreeSet<u16> = given.iter().copied().collect();
+    assert_eq!(distinct.len(), given.len(), "a port was given out twice: {given:?}");
+    assert!(distinct.is_subset(free), "{distinct:?} of {free:?}");
+    // Sixteen tries each, by so many clients, miss hardly one.
+    assert!(distinct.len() * 10 >= free.len() * 9, "{} of {}", distinct.len(), free.len());
+}
+
+#[test]
+fn exhaustion_is_a_drop_and_never_a_wrong_connection() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)]), Service::new(2, &[Who::There(2)])]);
+        world.use_mask_ports(FEW);
+        let free = (FEW.0..FEW.0 + FEW.1).collect();
+        for family in [Family::V4, Family::V6] {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                let masks = ask(world, family, protocol);
+                assert!(masks.iter().any(Option::is_none), "so many clients cannot all be masked");
+                check(&masks, &free);
+                // Towards another backend they are all free.
+                let client = Who::Client(2).at(family, 20_000);
+                let frontend = Who::Node.at(family, Ports::of(protocol).node_port(2));
+                let packet = Frame::of(protocol, Link::Ethernet, client, frontend, SYN);
+                let (_, sent) = world.meet(At::In(Device::Uplink), Link::Ethernet, &packet);
+                let sent = sent.expect("it goes on");
+                assert!(world.meet(At::Out(Device::Uplink), Link::Ethernet, &sent).1.is_some());
+            }
+        }
+    });
+}
+
+#[test]
+fn a_port_that_a_socket_has_is_not_given_out() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        world.use_mask_ports(FEW);
+        for family in [Family::V4, Family::V6] {
+            let address = Who::Node.ip(family);
+            world.have_address(Device::Uplink, address);
+            let taken: Vec<UdpSocket> = (FEW.0..FEW.0 + FEW.1)
+                .step_by(2)
+                .map(|port| UdpSocket::bind((address, port)).expect("the address is this namespace's"))
+                .collect();
+            let bound: Vec<SocketAddr> = taken.iter().map(|socket| socket.local_addr().unwrap()).collect();
+            world.know_sockets(&bound);
+            let masks = ask(world, family, Protocol::Udp);
+            let free =
+                (FEW.0..FEW.0 + FEW.1).filter(|port| bound.iter().all(|socket| socket.port() != *port));
+            check(&masks, &free.collect());
+        }
+    });
+}
