@@ -98,7 +98,7 @@ fn judge(
     let is_as_told =
         bytes[12..14] == [[0x86, 0xdd], [0x08, 0x00]][usize::from(bytes[link.header_length()] >> 4 == 4)];
     let is_sound = is_as_told && Frame::parse(link, bytes).is_ok_and(|frame| frame.has_no_extensions());
-    let left_alone = matches!(reason, None | Some(Reason::Malformed | Reason::Unparsed));
+    let left_alone = matches!(reason, Some(Reason::Malformed | Reason::Unparsed));
     if !is_sound && left_alone && came == Came::Untouched {
         // What cannot be read is nobody's.
         return Ok((came, reason, None));
@@ -119,6 +119,7 @@ fn judge(
         }
         Read::Nothing => {
             return match (came, reason) {
+                (Came::Untouched, None) => Ok((came, reason, None)),
                 (Came::Dropped | Came::Untouched, Some(Reason::Malformed | Reason::Unparsed)) => {
                     Ok((came, reason, None))
                 }
