@@ -65,10 +65,13 @@ pub(super) fn choose_inner_port<T: FlowTables>(
     false
 }
 
-/// One of the ports for masking. An odd step, so that two flows that meet at one port part at the next.
+/// One of the ports for masking. Each try is mixed anew: tries at even steps from one another meet the same few ports
+/// where a step happens to be small, and then again at each time that the packet is sent.
 #[inline(always)]
 fn port(config: &Config, start: u32, tries: u32) -> u16 {
-    let offset = start.wrapping_add(tries.wrapping_mul(start.rotate_left(16) | 1));
-    let offset = (u64::from(offset) * u64::from(config.mask_ports_count)) >> 32;
+    // The multipliers of Fibonacci hashing and of a 32-bit finalizer.
+    let mixed = start.wrapping_add(tries.wrapping_mul(0x9e37_79b9));
+    let mixed = (mixed ^ mixed >> 16).wrapping_mul(0x7feb_352d);
+    let offset = (u64::from(mixed ^ mixed >> 15) * u64::from(config.mask_ports_count)) >> 32;
     config.mask_ports_first.wrapping_add(offset as u32) as u16
 }
