@@ -10,7 +10,7 @@ use kproxy_common::{PacketVerdict, Protocol, Reason};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
-    frame::{Frame, Link, SYN},
+    frame::{ACK, Frame, Link, RST, SYN},
     world::{At, Device, ROOM, World, in_world},
 };
 
@@ -86,5 +86,32 @@ fn a_port_that_a_socket_has_is_not_given_out() {
                 (FEW.0..FEW.0 + FEW.1).filter(|port| bound.iter().all(|socket| socket.port() != *port));
             check(&masks, &free.collect());
         }
+    });
+}
+
+/// Flows that are over keep their ports for stragglers, but not from flows that begin.
+#[test]
+fn ports_of_flows_that_are_over_are_given_out_again() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        world.use_mask_ports(FEW);
+        let ports = Ports::of(Protocol::Tcp);
+        let (frontend, backend) =
+            (Who::Node.at(Family::V4, ports.node_port(1)), Who::There(1).at(Family::V4, ports.target));
+        for number in 0..20 * FEW.1 {
+            let client = Who::Client(1).at(Family::V4, 20_000 + number);
+            let mut pass = |at, from, to, flags| {
+                let packet = Frame::of(Protocol::Tcp, Link::Ethernet, from, to, flags);
+                let (verdict, sent) = world.meet(at, Link::Ethernet, &packet);
+                sent.unwrap_or_else(|| panic!("connection {number}: {verdict:?}"))
+            };
+            let (inward, outward) = (At::In(Device::Uplink), At::Out(Device::Uplink));
+            pass(inward, client, frontend, SYN);
+            let mask = pass(outward, client, backend, SYN).source();
+            assert_eq!(pass(inward, backend, mask, SYN | ACK).destination(), client);
+            assert_eq!(pass(outward, backend, client, SYN | ACK).source(), frontend);
+            pass(inward, client, frontend, RST);
+        }
+        world.compare_flows();
     });
 }
