@@ -25,6 +25,7 @@ mod node;
 mod objects;
 mod packets;
 mod pass_through;
+mod paths;
 mod reach;
 mod restart;
 mod safety;
@@ -63,6 +64,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, udp::SCENARIOS),
     (kproxy, unseen::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
+    (kproxy, paths::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),

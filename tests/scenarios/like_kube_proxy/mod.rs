@@ -120,6 +120,9 @@ fn lab(ctx: &Context) -> Result<Lab> {
     })
 }
 
+/// How many ports clients on nodes have for themselves: more than all cases ask from.
+const RESERVED_PORTS: u16 = 16_000;
+
 /// Routes and settings beyond those of every lab.
 fn prepare(lab: &Lab, sides: &[Side; 2], specs: &[&Spec]) -> Result<()> {
     for name in ["client", "stranger"] {
@@ -138,7 +141,10 @@ fn prepare(lab: &Lab, sides: &[Side; 2], specs: &[&Spec]) -> Result<()> {
             ("net/ipv6/conf/eth0/accept_redirects", "0"),
         ])?;
     }
+    // A connection of a proxy to the API server must not have a port that a client on its node asks from.
+    let reserved = format!("{}-{}", observe::PORTS_OF_NODES, observe::PORTS_OF_NODES + RESERVED_PORTS - 1);
     for side in sides {
+        side.node.netns().set_sysctl("net/ipv4/ip_local_reserved_ports", &reserved)?;
         // Refusals come as ICMP errors, and this asks faster than a client would.
         side.node
             .netns()

@@ -24,7 +24,7 @@ const MOST: usize = 40;
 const ANSWER: Duration = Duration::from_secs(3);
 
 /// The first of the ports that clients on nodes ask from: beyond NodePorts and the listeners of health checks.
-const PORTS_OF_NODES: u16 = 34_000;
+pub const PORTS_OF_NODES: u16 = 34_000;
 
 /// The first port of those whom both sides share, for the side of kproxy.
 const PORTS_OF_OTHERS: u16 = 8_000;

@@ -1,0 +1,140 @@
+//! What a path does to packets that are translated on it: links that take less than is sent, and datagrams in parts.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{Answer, Cni, Context, Datagram, Family, Lab, NodeSpec, Worker};
+use nix::errno::Errno;
+
+use crate::Scenario;
+use crate::cluster::{Client, Cluster, Steps, TARGET};
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[
+    ("kproxy::paths_tell_their_mtu", paths_tell_their_mtu),
+    ("kproxy::paths_carry_datagrams_in_parts_routed", |ctx| datagrams_in_parts(ctx, Cni::RoutedVeth)),
+    ("kproxy::paths_carry_datagrams_in_parts_bridge", |ctx| datagrams_in_parts(ctx, Cni::Bridge)),
+    ("kproxy::paths_carry_datagrams_in_parts_vxlan", |ctx| datagrams_in_parts(ctx, Cni::Vxlan)),
+];
+
+const NODE_PORT: u16 = 30_080;
+const FAR_NODE_PORT: u16 = 30_081;
+
+/// What the last link before a backend takes; IPv6 demands 1,280 at least.
+const NARROW: u32 = 1_300;
+
+/// More than two of a link's packets hold, as a DNS answer with signatures can be.
+const LONG: usize = 4_000;
+
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// A backend on the node that is asked, and one on another.
+fn cluster(ctx: &Context, cni: Cni) -> Result<Cluster> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1"]).cni(cni))
+            .node(NodeSpec::new("node-b", 2, &["b1"]).cni(cni))
+            .client("client")
+    })?;
+    let service = |name, number, port, pod: &str| {
+        let service = Service::new(name, number).tcp(80, TARGET).udp(80, TARGET).node_port(port);
+        Ok::<_, anyhow::Error>(service.pods(&[lab.pod(pod)?]))
+    };
+    let near = service("near", 10, NODE_PORT, "a1")?;
+    let far = service("far", 11, FAR_NODE_PORT, "b1")?;
+    Cluster::start(lab, &["node-a", "node-b"], &[], [&near, &far])
+}
+
+/// The way to a backend narrows behind the node that translates (its own error, about a packet whose
+/// destination it has written) or behind the next one (an error about a packet whose source was
+/// written too). Either way the client must learn it, about the address that it asked.
+fn paths_tell_their_mtu(ctx: &Context) -> Result<()> {
+    let cluster = cluster(ctx, Cni::RoutedVeth)?;
+    let _servers = cluster.servers(&["a1", "b1"])?;
+    let lab = &cluster.lab;
+    narrow(lab, "node-a", "a1")?;
+    narrow(lab, "node-b", "b1")?;
+    let client = Client::at(lab.host("client")?)?;
+    let mut steps = Steps::new();
+    for family in Family::BOTH {
+        for (what, port) in
+            [("a link of the node asked", NODE_PORT), ("a link of another node", FAR_NODE_PORT)]
+        {
+            let to = SocketAddr::new(lab.node("node-a")?.ip(family), port);
+            steps.step(&format!("{what}, {family:?}"), || {
+                forget_paths(lab, family)?;
+                let worker = &client.worker;
+                let socket = worker.tcp_connect(to)?;
+                worker.tcp_transfer(socket.id, 5_000_000, 1).context("5 MB up")?;
+                worker.tcp_ask(socket.id, "still the same connection")?;
+                worker.close(socket.id)?;
+                let path = lab.host("client")?.ip_command(&format!("route get {}", to.ip()))?;
+                ensure!(path.contains(&format!("mtu {NARROW}")), "the client has not learned it: {path}");
+                Ok(())
+            });
+        }
+    }
+    steps.done()
+}
+
+/// Only the first part of a datagram has ports; the others must go where it goes, in both directions.
+fn datagrams_in_parts(ctx: &Context, cni: Cni) -> Result<()> {
+    let cluster = cluster(ctx, cni)?;
+    let _servers = cluster.servers(&["a1", "b1"])?;
+    let lab = &cluster.lab;
+    let client = Client::at(lab.host("client")?)?;
+    let mut steps = Steps::new();
+    for family in Family::BOTH {
+        for (server, port) in [("a1", NODE_PORT), ("b1", FAR_NODE_PORT)] {
+            let to = SocketAddr::new(lab.node("node-a")?.ip(family), port);
+            steps.step(&format!("{LONG} octets to {server} and back, {family:?}"), || {
+                let worker = &client.worker;
+                let socket = worker.udp_socket(family)?;
+                for round in 0..5 {
+                    let data = format!("{round}").repeat(LONG);
+                    let datagram = ask_until_answered(worker, socket.id, to, &data)?;
+                    ensure!(datagram.from == to, "answered by {}", datagram.from);
+                    let answer: Answer = serde_json::from_str(&datagram.data)?;
+                    ensure!(answer.server == server, "answered by {}", answer.server);
+                    ensure!(answer.data == data, "{} octets arrived, or others", answer.data.len());
+                }
+                Ok(worker.close(socket.id)?)
+            });
+        }
+    }
+    steps.done()
+}
+
+/// Asks again as a resolver does: a link that takes less than the client's loses the first datagram, and the
+/// client learns of it. IPv6 lets no router cut a packet.
+fn ask_until_answered(worker: &Worker, socket: u64, to: SocketAddr, data: &str) -> Result<Datagram> {
+    let mut tries = 0;
+    loop {
+        worker.udp_send_to(socket, to, data)?;
+        match worker.udp_receive(socket, ANSWER) {
+            Ok(datagram) => return Ok(datagram),
+            Err(error) if tries < 2 && error.errno() == Some(Errno::EAGAIN) => tries += 1,
+            Err(error) => return Err(error).with_context(|| format!("after {tries} other tries")),
+        }
+    }
+}
+
+/// The node's way to its pod takes less, as that of a tunnel would. Forwarding minds a locked metric only.
+fn narrow(lab: &Lab, node: &str, pod: &str) -> Result<()> {
+    let node = lab.node(node)?;
+    for (family, bits) in [(Family::V4, 32), (Family::V6, 128)] {
+        let to = lab.pod(pod)?.ip(family);
+        let route = node.ip_command(&format!("route get {to}"))?;
+        let device = route.split_whitespace().skip_while(|word| *word != "dev").nth(1);
+        let device = device.with_context(|| format!("no device in {route:?}"))?.to_owned();
+        node.ip_command(&format!("route replace {to}/{bits} dev {device} mtu lock {NARROW}"))?;
+    }
+    Ok(())
+}
+
+/// What the client has learned of paths so far.
+fn forget_paths(lab: &Lab, family: Family) -> Result<()> {
+    let option = if family == Family::V4 { "-4" } else { "-6" };
+    lab.host("client")?.run(&["ip", option, "route", "flush", "cache"])?.success()?;
+    Ok(())
+}
