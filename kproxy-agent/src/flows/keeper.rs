@@ -251,6 +251,7 @@ mod tests {
         Conversation {
             client: Address::from_v4_word(1),
             client_port,
+            inner_port: client_port,
             frontend: Address::from_v4_word(2),
             frontend_port: 80,
             backend: Address::from_v4_word(3),
@@ -339,9 +340,9 @@ mod tests {
         let Some(maps) = FlowMaps::create(1_024) else { return };
         let udp = flow(1, Protocol::Udp, FlowState::Established, 1);
         let tcp = flow(2, Protocol::Tcp, FlowState::Established, 1);
-        let elsewhere = Conversation { client_port: 3, backend_port: 9_090, ..udp };
-        let opening = Conversation { client_port: 4, state: FlowState::Opening, ..udp };
-        let other_service = Conversation { client_port: 5, service: 8, ..udp };
+        let elsewhere = Conversation { client_port: 3, inner_port: 3, backend_port: 9_090, ..udp };
+        let opening = Conversation { client_port: 4, inner_port: 4, state: FlowState::Opening, ..udp };
+        let other_service = Conversation { client_port: 5, inner_port: 5, service: 8, ..udp };
         for flow in [&udp, &tcp, &elsewhere, &other_service] {
             maps.put(FlowTable::Established, flow, Role::Request);
             maps.put(FlowTable::Established, flow, Role::Reply);
