@@ -11,9 +11,9 @@ mod text;
 
 use anyhow::Result;
 use kproxy_common::{
-    Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, Protocol,
-    Resolution, ServiceInfo, Side, SocketVerdict, Tables, TrafficPolicy, choose, client_of, is_masked,
-    resolve, socket_connection,
+    Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, PacketMeta,
+    PacketVerdict, Protocol, Resolution, ServiceInfo, Side, SocketVerdict, Tables, TcpFlags, TrafficPolicy,
+    choose, client_of, is_masked, new_egress, resolve, socket_connection,
 };
 
 pub use self::{
@@ -105,11 +105,15 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
         Resolution::Drop { reason, .. } => (Verdict::Drop, reason),
         Resolution::Balance(balance) => {
             let way = way(&tables, &connection, &place);
-            answer.way = Some(way);
-            answer.backends = backends(&tables, &balance, &connection.client, &place, way);
-            match answer.backends.is_empty() {
-                true => (Verdict::Drop, kproxy_common::Reason::TableError),
-                false => (Verdict::Forward, kproxy_common::Reason::Forwarded),
+            if let (ClientKind::Host, Way::Packet) = (place.behind, way) {
+                unserved(&tables, query)
+            } else {
+                answer.way = Some(way);
+                answer.backends = backends(&tables, &balance, &connection.client, &place, way);
+                match answer.backends.is_empty() {
+                    true => (Verdict::Drop, kproxy_common::Reason::TableError),
+                    false => (Verdict::Forward, kproxy_common::Reason::Forwarded),
+                }
             }
         }
     };
@@ -160,6 +164,28 @@ fn way(tables: &impl Tables, connection: &Connection, place: &Place) -> Way {
     match socket_connection(tables, &Connection { client, ..*connection }, None, || 0) {
         SocketVerdict::Translate { .. } => Way::Socket,
         SocketVerdict::Leave { .. } | SocketVerdict::Refuse { .. } => Way::Packet,
+    }
+}
+
+/// What becomes of a packet that this host sends to a frontend, where no socket hook has translated its connection: the
+/// hook of the interface that it leaves by decides.
+fn unserved(tables: &impl Tables, query: &Query) -> (Verdict, kproxy_common::Reason) {
+    let packet = PacketMeta {
+        source: query.from,
+        destination: query.to,
+        source_port: 0,
+        destination_port: query.port,
+        protocol: query.protocol,
+        tcp: TcpFlags::default(),
+        is_later_fragment: false,
+    };
+    match new_egress(tables, &packet) {
+        PacketVerdict::Pass { reason } => (Verdict::Pass, reason),
+        PacketVerdict::Refuse { reason } => (Verdict::Reject, reason),
+        PacketVerdict::Drop { reason } => (Verdict::Drop, reason),
+        PacketVerdict::SetDestination { .. } | PacketVerdict::SetSource { .. } => {
+            (Verdict::Drop, kproxy_common::Reason::TableError)
+        }
     }
 }
 

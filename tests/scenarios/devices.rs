@@ -48,10 +48,10 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
     let pod = node.add_pod("a9", 2)?;
     let veth = veth_name("a9");
     let index = node.interface_index(&veth)?;
-    eventually("programs on the new interface", || {
-        Ok((packet_programs(&node, &veth)?.len() == 2).then_some(()))
+    // Each is attached first, and pinned then.
+    eventually("programs on the new interface, and their pins", || {
+        Ok((packet_programs(&node, &veth)?.len() == 2 && pinned(&node, index)? == 2).then_some(()))
     })?;
-    ensure!(pinned(&node, index)? == 2, "{} pins for {veth}", pinned(&node, index)?);
 
     let client = Client::at(&pod)?;
     let outside = Client::at(cluster.lab.host("client")?)?;

@@ -71,6 +71,17 @@ pub(super) fn sentence<G: Ground, T: Tables>(
              known before its first packet",
             subject.query.from
         ),
+        Reason::Unserved => {
+            let then = if verdict == Verdict::Drop {
+                "it lies in a ServiceCIDR, and is not to leave the node"
+            } else {
+                "it goes where it is addressed to"
+            };
+            let protocol = subject.query.protocol;
+            format!(
+                "{frontend} of {service}: no socket hook serves what this host sends by {protocol}; {then}"
+            )
+        }
         Reason::TableError => {
             format!("{frontend} of {service}: the tables contradict themselves ({verdict:?})")
         }

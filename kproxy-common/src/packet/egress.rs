@@ -1,7 +1,7 @@
 //! Packets that go out: a backend's answers to clients, clients to be masked, and what this host sends.
 
 use super::{Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, life, mask};
-use crate::{ClientKind, Hook, Reason, Resolution, Role, resolve};
+use crate::{ClientKind, Hook, Reason, Resolution, Role, Tables, resolve};
 
 /// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
 /// answer of a backend, perhaps something of this host that should have been translated before it got here.
@@ -63,7 +63,7 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
 /// The part of [`on_egress`] that is for packets without a flow. Pods' and strangers' packets were decided about where
 /// they came in: what is still addressed to a service here was sent by this host.
 #[inline(always)]
-pub fn new_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
+pub fn new_egress<T: Tables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
     let decision = match resolve(tables, &packet.connection(ClientKind::Host)) {
         Resolution::Drop { reason, .. } => Decision::drop(reason),
         Resolution::Reject { reason: Reason::UndefinedPort, .. } => Decision::drop(Reason::Unserved),
