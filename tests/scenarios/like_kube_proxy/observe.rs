@@ -82,9 +82,16 @@ impl Client {
         };
         let mut seen = BTreeSet::new();
         for (asked, to) in to.iter().cycle().take(MOST).enumerate() {
-            let word = word(self.ask(transport, *to, self.port(), patience))?;
-            let unexpected = !expected.words().contains(&word);
-            seen.insert(word);
+            let ask = || word(self.ask(transport, *to, self.port(), patience));
+            let mut got = ask()?;
+            // Of the host only the port tells, and a mask's, picked at random, is the socket's own now and then.
+            let is_host = !self.addresses.is_disjoint(node_addresses);
+            let is_masked = expected.words().contains(&format!("{got}*"));
+            if is_host && is_masked && !expected.words().contains(&got) {
+                got = ask()?;
+            }
+            let unexpected = !expected.words().contains(&got);
+            seen.insert(got);
             if unexpected || (asked + 1 >= enough && expected.is(&seen)) {
                 break;
             }
