@@ -3,17 +3,15 @@
 use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 
 use crate::bpf;
 use crate::build::{self, Profile};
 use crate::kubernetes;
-use crate::machine;
 use crate::paths::Paths;
 use crate::process;
 use crate::progress::Progress;
-use crate::setup::{self, Purpose};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,13 +34,8 @@ pub fn run(
     rounds: u32,
     services: u32,
 ) -> Result<ExitCode> {
-    let obstacles = machine::lab_obstacles();
-    if !obstacles.is_empty() {
-        bail!("nothing can be measured here: {}", obstacles.join("; "));
-    }
-    let tools = setup::run(paths, progress, Purpose::Demo)?;
-    let objects = bpf::build(paths, progress, &tools.bpf)?;
-    let binary = build::agent(paths, progress, &objects, Profile::Release)?;
+    let (objects, binary) =
+        build::for_lab(paths, progress, Profile::Release, "nothing can be measured here")?;
 
     let mut command = process::cargo();
     command

@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::bpf::{self, Objects};
+use crate::machine;
 use crate::paths::Paths;
 use crate::process;
 use crate::progress::Progress;
+use crate::setup::{self, Purpose};
 
 /// Cargo's two profiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,4 +50,21 @@ pub fn agent(paths: &Paths, progress: &Progress, objects: &Objects, profile: Pro
         progress.note(format!("{}, {mib:.1} MiB", paths.shown(&binary)));
         Ok(binary)
     })
+}
+
+/// Sets up and builds what a program that runs in the lab needs; `refusal` begins the sentence where this machine cannot.
+pub fn for_lab(
+    paths: &Paths,
+    progress: &Progress,
+    profile: Profile,
+    refusal: &str,
+) -> Result<(Objects, PathBuf)> {
+    let obstacles = machine::lab_obstacles();
+    if !obstacles.is_empty() {
+        bail!("{refusal}: {}", obstacles.join("; "));
+    }
+    let tools = setup::run(paths, progress, Purpose::Demo)?;
+    let objects = bpf::build(paths, progress, &tools.bpf)?;
+    let binary = agent(paths, progress, &objects, profile)?;
+    Ok((objects, binary))
 }

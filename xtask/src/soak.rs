@@ -3,25 +3,17 @@
 use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::bpf;
 use crate::build::{self, Profile};
-use crate::machine;
 use crate::paths::Paths;
 use crate::process;
 use crate::progress::Progress;
-use crate::setup::{self, Purpose};
 
 /// Sets up, builds, and becomes the soak. Returns only where that failed.
 pub fn run(paths: &Paths, progress: &Progress, minutes: u64) -> Result<ExitCode> {
-    let obstacles = machine::lab_obstacles();
-    if !obstacles.is_empty() {
-        bail!("the soak cannot run here: {}", obstacles.join("; "));
-    }
-    let tools = setup::run(paths, progress, Purpose::Demo)?;
-    let objects = bpf::build(paths, progress, &tools.bpf)?;
-    let binary = build::agent(paths, progress, &objects, Profile::Debug)?;
+    let (objects, binary) = build::for_lab(paths, progress, Profile::Debug, "the soak cannot run here")?;
 
     let mut command = process::cargo();
     command
