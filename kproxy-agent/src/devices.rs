@@ -160,6 +160,17 @@ pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
     }
 }
 
+/// All interfaces as they are now, for a command that does nothing else meanwhile.
+pub fn list_now() -> Result<Devices> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().context("cannot list the interfaces (rtnetlink)")?;
+        tokio::spawn(connection);
+        list(&handle).await
+    })
+}
+
 /// All interfaces as they are now.
 pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
     let links: Vec<LinkMessage> = handle

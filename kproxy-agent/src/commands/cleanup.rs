@@ -43,13 +43,7 @@ fn withdraw_rules() -> usize {
 }
 
 fn remove_filters() -> Result<usize> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let devices = runtime.block_on(async {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().context("cannot list the interfaces (rtnetlink)")?;
-        tokio::spawn(connection);
-        devices::list(&handle).await
-    })?;
+    let devices = devices::list_now()?;
     Ok(devices.values().map(|device| remove_clsact(&device.name)).sum())
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{Finding, Status, finding};
 use crate::{
@@ -136,13 +136,7 @@ pub fn forwarding() -> Finding {
 }
 
 fn bridge_names() -> Result<Vec<String>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let devices = runtime.block_on(async {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().context("cannot list the interfaces (rtnetlink)")?;
-        tokio::spawn(connection);
-        devices::list(&handle).await
-    })?;
+    let devices = devices::list_now()?;
     Ok(devices.into_values().filter(|device| device.is_bridge).map(|device| device.name).collect())
 }
 
