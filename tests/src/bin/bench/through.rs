@@ -18,7 +18,9 @@ pub const OCTETS: u16 = 8082;
 /// Datagrams in a batch, of 64 octets each.
 pub const DATAGRAM_BATCH: usize = 2_048;
 /// Octets in a batch.
-pub const OCTET_BATCH: usize = 32 << 20;
+pub const OCTET_BATCH: usize = 64 << 20;
+/// Octets before it, until windows and buffers have grown to what they stay at.
+const OCTET_WARM_UP: usize = 16 << 20;
 
 /// Sent before they are taken out again: fewer than any queue on the way holds.
 const TRAIN: usize = 64;
@@ -100,31 +102,36 @@ pub fn datagrams(way: &Way<'_>) -> Result<Took> {
     })
 }
 
-/// Sends a batch of octets by one connection.
+/// Sends a batch of octets by one connection that has found its pace.
 pub fn octets(way: &Way<'_>) -> Result<Took> {
     way.place.enter()?;
     let mut stream = TcpStream::connect(SocketAddr::V4(way.octets)).with_context(|| way.name.clone())?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let chunk = vec![0; 128 << 10];
-    arms::rest();
-    arms::timed(|| {
-        for _ in 0..OCTET_BATCH / chunk.len() {
+    let mut send = |octets: usize| {
+        for _ in 0..octets / chunk.len() {
             stream.write_all(&chunk)?;
         }
         let mut done = [0];
         stream.read_exact(&mut done).with_context(|| format!("{}: not all arrived", way.name))
-    })
+    };
+    send(OCTET_WARM_UP)?;
+    arms::rest();
+    arms::timed(|| send(OCTET_BATCH))
 }
 
-/// Takes a batch, says so with an octet, and waits for the other side's end.
+/// Takes what [`octets`] sends, and says so with an octet each time.
 fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
     let mut chunk = vec![0; 128 << 10];
-    let mut left = OCTET_BATCH;
-    while left > 0 {
-        match stream.read(&mut chunk)? {
-            0 => return Ok(()),
-            length => left = left.saturating_sub(length),
+    for octets in [OCTET_WARM_UP, OCTET_BATCH] {
+        let mut left = octets;
+        while left > 0 {
+            match stream.read(&mut chunk)? {
+                0 => return Ok(()),
+                length => left = left.saturating_sub(length),
+            }
         }
+        stream.write_all(&[1])?;
     }
-    stream.write_all(&[1])
+    Ok(())
 }
