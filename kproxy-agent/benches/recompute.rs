@@ -11,7 +11,7 @@ use divan::{Bencher, black_box};
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kproxy::explain::{Planned, Query, explain};
+use kproxy::explain::{Hooks, Planned, Query, explain};
 use kproxy::maps::Reconciler;
 use kproxy::maps::memory::Memory;
 use kproxy::model::{Change, Model, NodeConfig, Update};
@@ -81,7 +81,8 @@ fn plan_one_slice_changed(bencher: Bencher<'_, '_>, services: u32) {
 #[divan::bench(args = SERVICES, sample_count = 1_000, sample_size = 1)]
 fn explain_one_question(bencher: Bencher<'_, '_>, services: u32) {
     let (model, _) = full(services);
-    let planned = Planned::new(&model, true, CAPACITY);
+    let hooks = Hooks { loopback_node_ports: true, host_sockets_only: false };
+    let planned = Planned::new(&model, hooks, CAPACITY);
     let to = IpAddr::V4(cluster_ip(services / 2)).to_string() + ":80";
     let query = Query::new("10.244.1.7", &to, None).expect("it is right");
     assert_eq!(query.protocol, Protocol::Tcp);

@@ -80,6 +80,15 @@ pub enum Scope {
     Nodes,
 }
 
+/// Whose processes the socket hooks serve.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Debug)]
+pub enum SocketHooks {
+    /// Pods' and the host's: a Service is translated at connect
+    All,
+    /// The host's: pods see Service addresses, and their packets are translated on their interfaces
+    Host,
+}
+
 #[derive(Args, Clone, Debug)]
 pub struct CgroupArgs {
     /// cgroup v2 folder whose processes are served [default: the cgroup v2 mount, wherever it is]
@@ -186,6 +195,10 @@ pub struct RuleArgs {
     /// Leave the sysctls of conntrack as they are
     #[arg(long, env = "KPROXY_DISABLE_CONNTRACK_SYSCTLS")]
     pub disable_conntrack_sysctls: bool,
+    /// Whose connections are translated at the socket. With `host` those of pods are translated on their interfaces
+    /// instead, as a service mesh wants it that must see ClusterIPs
+    #[arg(long, value_enum, env = "KPROXY_SOCKET_HOOKS", default_value_t = SocketHooks::All)]
+    pub socket_hooks: SocketHooks,
     /// Pass through load-balancer addresses that no annotation and no ipMode decides about
     #[arg(long, env = "KPROXY_PASS_THROUGH_DEFAULT")]
     pub pass_through_default: bool,

@@ -19,7 +19,7 @@ use kproxy_common::{
 pub use self::{
     answer::{Answer, BackendAnswer, LeftOutAnswer, Source, Verdict, Way},
     live::Live,
-    planned::Planned,
+    planned::{Hooks, Planned},
     query::{Query, QueryError},
     text::text,
 };

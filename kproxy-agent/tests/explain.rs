@@ -100,6 +100,23 @@ fn one_question_in_every_format() {
 }
 
 #[test]
+fn sockets_of_pods_are_left_alone_where_the_flag_says_so() {
+    let folder = Folder::new("hooks");
+    for (hooks, from, way) in [
+        ("all", "10.244.1.7", "socket"),
+        ("all", "192.0.2.11", "socket"),
+        ("host", "10.244.1.7", "packet"),
+        ("host", "192.0.2.11", "socket"),
+        ("host", "198.51.100.1", "packet"),
+    ] {
+        let arguments = ["--socket-hooks", hooks, "--from", from, "--to", "192.0.2.11:30080", "-o", "json"];
+        let output = explain(folder.path(), &arguments).output().unwrap();
+        let answer: Value = serde_json::from_str(&text(&output).0).unwrap();
+        assert_eq!((&answer["verdict"], &answer["way"]), (&json!("forward"), &json!(way)), "{arguments:?}");
+    }
+}
+
+#[test]
 fn lines_in_lines_out() {
     let folder = Folder::new("lines");
     let mut child = explain(folder.path(), &["--queries", "-"])

@@ -11,6 +11,8 @@ mod generate;
 mod kernel;
 #[path = "model_properties/naive.rs"]
 mod naive;
+#[path = "model_properties/opted_out.rs"]
+mod opted_out;
 #[path = "model_properties/verdict.rs"]
 mod verdict;
 

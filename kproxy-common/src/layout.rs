@@ -776,7 +776,10 @@ pub struct Config {
     /// 1: NodePorts answer on loopback addresses, for clients on the host.
     pub loopback_node_ports: u32,
     /// 1: TCP sockets remember the service address, so that getpeername() tells it.
-    pub remember_peer: u32,
+    pub remember_peer: u16,
+    /// 1: the socket hooks leave pods' processes alone, whose packets are served (`--socket-hooks host`). 0 in the maps
+    /// of earlier versions too, which had it as the upper half of `remember_peer`.
+    pub host_sockets_only: u16,
     /// The first of the ports that clients are masked with.
     pub mask_ports_first: u32,
     /// How many these are.
@@ -795,6 +798,7 @@ impl Config {
         hash_seed: [0; 2],
         loopback_node_ports: 0,
         remember_peer: 0,
+        host_sockets_only: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],

@@ -44,7 +44,7 @@ reasons! {
     OtherProxy = 8, "other-proxy";
     /// The ClusterIP stands on an interface of this node, and is left to whoever put it there.
     LocalAddress = 9, "local-address";
-    /// The socket hook cannot decide without the source address: the packet hook will.
+    /// The packet hook will decide: the socket hook lacks the source address, or is to leave this pod alone.
     LeftToPackets = 10, "left-to-packets";
     /// The client is to be masked, but the interface that it leaves by has no address of its family.
     NoMaskAddress = 11, "no-mask-address";

@@ -2,8 +2,8 @@
 //! process. The reverse translation lives with the socket, where nothing can evict it.
 
 use crate::{
-    Address, Choice, ClientKind, Connection, Options, Protocol, Reason, Resolution, Tables, choose, resolve,
-    still_serves,
+    Address, Choice, Client, ClientKind, Connection, Options, Protocol, Reason, Resolution, Tables, choose,
+    resolve, still_serves,
 };
 
 /// How many services one socket can speak to before the oldest record moves to `socket_overflow`.
@@ -209,13 +209,16 @@ pub enum SocketVerdict {
     Translate { record: SocketRecord, fresh: bool },
 }
 
+const LEFT_TO_PACKETS: SocketVerdict = SocketVerdict::Leave { reason: Reason::LeftToPackets, number: None };
+
 /// Decides about a connect (`records`: none, since a connection is balanced anew) or about a datagram of an
 /// unconnected socket, whose flow keeps its backend while that serves and the flow is not idle.
 ///
 /// `pick` is a random number, asked for only when a backend is picked.
 ///
 /// A connection that must be *dropped* is left untouched here: the packet hook on the way drops it, so that
-/// the process sees what it would see with any other proxy, a timeout.
+/// the process sees what it would see with any other proxy, a timeout. So is, whatever is to become of it, what a
+/// client opens that is opted out: its packets are served. A flow that began before goes on.
 #[inline(always)]
 pub fn socket_connection<T: Tables>(
     tables: &T,
@@ -227,17 +230,21 @@ pub fn socket_connection<T: Tables>(
         Resolution::Balance(balance) => balance,
         Resolution::Pass { reason, number } => return SocketVerdict::Leave { reason, number },
         Resolution::Drop { reason, .. } => return SocketVerdict::Leave { reason, number: None },
+        Resolution::Reject { .. } if is_opted_out(tables, &connection.client) => return LEFT_TO_PACKETS,
         Resolution::Reject { reason, .. } => return SocketVerdict::Refuse { reason },
     };
     // A pod that is to be masked is so where its packets leave it. The host's own address is the node's already.
     if balance.side.has(Options::MASQUERADE) && matches!(connection.client.kind, ClientKind::Pod) {
-        return SocketVerdict::Leave { reason: Reason::LeftToPackets, number: None };
+        return LEFT_TO_PACKETS;
     }
     if let Some(records) = records
         && let Some(record) = records.for_service(&connection.destination, connection.port)
         && let Some(record) = continued(tables, balance.number, record)
     {
         return SocketVerdict::Translate { record, fresh: false };
+    }
+    if is_opted_out(tables, &connection.client) {
+        return LEFT_TO_PACKETS;
     }
     let Some(Choice { backend, slot }) = choose(tables, &balance, &connection.client, pick()) else {
         return SocketVerdict::Leave { reason: Reason::TableError, number: Some(balance.number) };
@@ -254,6 +261,13 @@ pub fn socket_connection<T: Tables>(
         last_used,
     };
     SocketVerdict::Translate { record, fresh: true }
+}
+
+/// Whether the socket hooks leave what this client opens to the packet hooks.
+#[inline(always)]
+fn is_opted_out<T: Tables>(tables: &T, client: &Client) -> bool {
+    matches!(client.kind, ClientKind::Pod)
+        && tables.config().is_some_and(|config| config.host_sockets_only != 0)
 }
 
 /// The record, brought up to date, if its flow goes on.

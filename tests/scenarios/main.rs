@@ -23,6 +23,7 @@ mod live;
 mod metrics;
 mod node;
 mod objects;
+mod opted_out;
 mod packets;
 mod pass_through;
 mod paths;
@@ -63,6 +64,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, fallbacks::SCENARIOS),
     (kproxy, udp::SCENARIOS),
     (kproxy, unseen::SCENARIOS),
+    (kproxy, opted_out::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, paths::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),

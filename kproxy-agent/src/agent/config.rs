@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
 
 use crate::{
-    cli::{NodeArgs, RuleArgs, Scope, TableArgs},
+    cli::{NodeArgs, RuleArgs, Scope, SocketHooks, TableArgs},
     commands::UsageError,
     flows::sizes,
     model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
@@ -45,6 +45,7 @@ pub fn model(
         disable_loopback_nodeports: _,
         accept_forward: _,
         disable_conntrack_sysctls: _,
+        socket_hooks: _,
         pass_through_default,
         pass_through_scope,
         pass_through_annotation,
@@ -107,6 +108,7 @@ pub fn programs(
         hash_seed: if seed == [0, 0] { random() } else { seed },
         loopback_node_ports: u32::from(!rules.disable_loopback_nodeports),
         remember_peer: 1,
+        host_sockets_only: u16::from(rules.socket_hooks == SocketHooks::Host),
         mask_ports_first: MASK_PORTS_FIRST,
         mask_ports_count: MASK_PORTS_COUNT,
         service_cidrs: table(service_cidrs),

@@ -16,7 +16,7 @@ use super::{
     sync::Syncer,
 };
 use crate::{
-    cli::AgentArgs,
+    cli::{AgentArgs, SocketHooks},
     commands::UsageError,
     events::{EventReason, Events},
     maps::{MapWriter, Report, kernel::KernelMaps},
@@ -58,6 +58,10 @@ impl Telemetry {
             "passThroughDefault": args.rules.pass_through_default,
             "passThroughAnnotations": args.rules.pass_through_annotation,
             "serviceCIDR": comma_separated(&args.node.service_cidr),
+            "socketHooks": match args.rules.socket_hooks {
+                SocketHooks::All => "all",
+                SocketHooks::Host => "host",
+            },
             "bpfRoot": bpf_root,
         });
         let (for_services, for_verdicts) = (bpf_root.to_owned(), bpf_root.to_owned());

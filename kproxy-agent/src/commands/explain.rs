@@ -14,8 +14,8 @@ use serde::Serialize;
 use super::{UsageError, print};
 use crate::{
     agent::config,
-    cli::{Common, ExplainArgs, OutputFormat},
-    explain::{Answer, Ground, Live, Planned, Query, explain, text},
+    cli::{Common, ExplainArgs, OutputFormat, SocketHooks},
+    explain::{Answer, Ground, Hooks, Live, Planned, Query, explain, text},
     maps::kernel::KernelMaps,
     model::{Change, Model},
     plan::Capacity,
@@ -34,7 +34,11 @@ pub fn run(common: &Common, args: &ExplainArgs) -> Result<()> {
         return questions.answer(&Live::new(&maps)?, args);
     }
     let model = model(args)?;
-    let planned = Planned::new(&model, !args.rules.disable_loopback_nodeports, capacity());
+    let hooks = Hooks {
+        loopback_node_ports: !args.rules.disable_loopback_nodeports,
+        host_sockets_only: args.rules.socket_hooks == SocketHooks::Host,
+    };
+    let planned = Planned::new(&model, hooks, capacity());
     for failed in planned.failed() {
         tracing::warn!("not in the tables: {failed}");
     }

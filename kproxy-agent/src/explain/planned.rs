@@ -15,6 +15,15 @@ use crate::{
     plan::{Capacity, Tables, View},
 };
 
+/// What the programs are told that is no business of the model's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hooks {
+    /// NodePorts answer the host on loopback addresses.
+    pub loopback_node_ports: bool,
+    /// The socket hooks leave pods alone.
+    pub host_sockets_only: bool,
+}
+
 /// A model's wish, written to tables in memory by the agent's own planner.
 pub struct Planned<'a> {
     model: &'a Model,
@@ -27,9 +36,8 @@ pub struct Planned<'a> {
 }
 
 impl<'a> Planned<'a> {
-    /// What `model` wants as of its last update. `loopback_node_ports`: NodePorts answer the host on loopback
-    /// addresses.
-    pub fn new(model: &'a Model, loopback_node_ports: bool, capacity: Capacity) -> Self {
+    /// What `model` wants as of its last update, where the programs are to do this.
+    pub fn new(model: &'a Model, hooks: Hooks, capacity: Capacity) -> Self {
         let now = SystemTime::UNIX_EPOCH;
         let mut reconciler = Reconciler::new(Tables::new(capacity));
         reconciler
@@ -39,7 +47,7 @@ impl<'a> Planned<'a> {
         }
         let report = reconciler.run(&mut Memory::new(capacity), now);
         let failed = report.failed.into_iter().map(|(party, why)| format!("{party}: {why}")).collect();
-        let config = config(model, loopback_node_ports);
+        let config = config(model, hooks);
         Self { model, tables: reconciler.into_tables(), config, elsewhere: OnceCell::new(), failed }
     }
 
@@ -55,7 +63,7 @@ impl<'a> Planned<'a> {
 }
 
 /// What the programs would know of the node, as far as a new connection depends on it.
-fn config(model: &Model, loopback_node_ports: bool) -> Config {
+fn config(model: &Model, Hooks { loopback_node_ports, host_sockets_only }: Hooks) -> Config {
     let table = |cidrs: &[Cidr]| {
         let mut table = [Cidr::NONE; MAX_CIDRS];
         table.iter_mut().zip(cidrs).for_each(|(place, cidr)| *place = *cidr);
@@ -64,6 +72,7 @@ fn config(model: &Model, loopback_node_ports: bool) -> Config {
     let service_cidrs = model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
     Config {
         loopback_node_ports: u32::from(loopback_node_ports),
+        host_sockets_only: u16::from(host_sockets_only),
         service_cidrs: table(service_cidrs),
         cluster_cidrs: table(&model.config().cluster_cidrs),
         ..Config::EMPTY

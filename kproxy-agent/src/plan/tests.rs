@@ -394,6 +394,7 @@ fn the_decision_runs_over_planned_tables() {
         hash_seed: [0; 2],
         loopback_node_ports: 0,
         remember_peer: 0,
+        host_sockets_only: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],

@@ -13,7 +13,7 @@ use super::writes::CAPACITY;
 pub fn answer(model: &Model, case: &Case, section: &str) -> Result<String> {
     let mut out = String::new();
     let questions = section.lines().filter(|line| !line.starts_with(' ') && !line.is_empty());
-    let planned = Planned::new(model, case.loopback_node_ports, CAPACITY);
+    let planned = Planned::new(model, case.hooks, CAPACITY);
     for line in questions {
         let (kind, query) = question(line).with_context(|| format!("the question {line:?}"))?;
         let answer = explain(&Placed { planned: &planned, kind }, &query)?;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use kproxy::explain::Hooks;
 use kproxy::model::{Change, NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope, parse};
 use kproxy::wanted::ServiceKey;
 use kproxy_common::{Address, Cidr};
@@ -20,8 +21,8 @@ pub struct Case {
     header: String,
     /// The flags, out of a document of kind NodeConfig in the first step.
     pub config: NodeConfig,
-    /// Whether NodePorts answer the host on loopback addresses.
-    pub loopback_node_ports: bool,
+    /// What the programs are told beside the tables.
+    pub hooks: Hooks,
     pub steps: Vec<Step>,
     /// The steps' YAML, as written.
     sources: Vec<String>,
@@ -94,8 +95,8 @@ impl Case {
             "the first lines name the rule and its source"
         );
         let config = Flags::default().config()?;
-        let mut case =
-            Self { header, config, loopback_node_ports: true, steps: Vec::new(), sources: Vec::new() };
+        let hooks = Hooks { loopback_node_ports: true, host_sockets_only: false };
+        let mut case = Self { header, config, hooks, steps: Vec::new(), sources: Vec::new() };
         for part in parts {
             let mut sections = sections(part)?;
             let mut printed = |name| sections.remove(name).unwrap_or_default();
@@ -142,7 +143,7 @@ impl Case {
         for document in documents.into_iter().filter(|document| !document.is_null()) {
             if document["kind"] == "NodeConfig" {
                 let flags: Flags = serde_json::from_value(document)?;
-                self.loopback_node_ports = !flags.disable_loopback_nodeports;
+                self.hooks.loopback_node_ports = !flags.disable_loopback_nodeports;
                 self.config = flags.config()?;
                 continue;
             }

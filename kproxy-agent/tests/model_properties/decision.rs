@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use kproxy::explain::{self, Ground, Place, Planned, Query, ServicePort, Source};
+use kproxy::explain::{self, Ground, Hooks, Place, Planned, Query, ServicePort, Source};
 use kproxy::maps::memory::Memory;
 use kproxy::maps::{MapWriter, Reconciler};
 use kproxy::model::{LeftOut, Model, NodeConfig, Update, parse};
@@ -23,7 +23,8 @@ use crate::naive::{self, Frontend};
 use crate::runs;
 use crate::verdict::{Affinity, Question, Verdict, is_masked, kind, verdict};
 
-const CAPACITY: Capacity = Capacity { frontends: 128, backends: 1_024, addresses: 64, source_ranges: 256 };
+pub const CAPACITY: Capacity =
+    Capacity { frontends: 128, backends: 1_024, addresses: 64, source_ranges: 256 };
 
 /// Events that are written together, and questions asked then: with how many seconds before, and how the dice fall.
 pub type Stage = (Vec<Event>, Vec<(Question, u64, u32)>);
@@ -265,7 +266,8 @@ fn explained(
     written: &Written,
     questions: &[(Question, u64, u32)],
 ) -> Result<(), TestCaseError> {
-    let planned = Planned::new(model, true, CAPACITY);
+    let hooks = Hooks { loopback_node_ports: true, host_sockets_only: false };
+    let planned = Planned::new(model, hooks, CAPACITY);
     for (question, ..) in questions {
         let Question { behind, client, destination, port, protocol } = *question;
         let ground = Placed { planned: &planned, behind };

@@ -140,6 +140,7 @@ impl World {
             hash_seed: [0x0bad_cafe, 0x0011_2233],
             loopback_node_ports: 1,
             remember_peer: 1,
+            host_sockets_only: 0,
             mask_ports_first: MASK_PORTS.0.into(),
             mask_ports_count: MASK_PORTS.1.into(),
             service_cidrs: table(cidrs(SERVICE_CIDRS)),

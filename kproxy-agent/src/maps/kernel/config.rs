@@ -10,6 +10,7 @@ use crate::maps::MapWriter as _;
 // Numbers that share a word are stored with it.
 const _: () = {
     assert!(offset_of!(Config, remember_peer) == offset_of!(Config, loopback_node_ports) + 4);
+    assert!(offset_of!(Config, host_sockets_only) == offset_of!(Config, remember_peer) + 2);
     assert!(offset_of!(Config, mask_ports_count) == offset_of!(Config, mask_ports_first) + 4);
     assert!(offset_of!(Config, loopback_node_ports).is_multiple_of(8));
     assert!(offset_of!(Config, mask_ports_first).is_multiple_of(8));
@@ -33,6 +34,7 @@ impl KernelMaps {
             hash_seed,
             loopback_node_ports,
             remember_peer,
+            host_sockets_only,
             mask_ports_first,
             mask_ports_count,
             service_cidrs,
@@ -41,7 +43,9 @@ impl KernelMaps {
         self.number(offset_of!(Config, host_netns_cookie), *host_netns_cookie)?;
         self.number(offset_of!(Config, udp_timeout), *udp_timeout)?;
         self.number(offset_of!(Config, hash_seed), pair(hash_seed[0], hash_seed[1]))?;
-        self.number(offset_of!(Config, loopback_node_ports), pair(*loopback_node_ports, *remember_peer))?;
+        let ([a, b], [c, d]) = (remember_peer.to_ne_bytes(), host_sockets_only.to_ne_bytes());
+        let sockets = u32::from_ne_bytes([a, b, c, d]);
+        self.number(offset_of!(Config, loopback_node_ports), pair(*loopback_node_ports, sockets))?;
         self.number(offset_of!(Config, mask_ports_first), pair(*mask_ports_first, *mask_ports_count))?;
         let lists = [
             (offset_of!(Config, service_cidrs), service_cidrs),

@@ -140,13 +140,15 @@ impl KernelMaps {
             }
             cidrs
         };
+        let u16_of = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let seed = offset_of!(Config, hash_seed);
         Ok(Config {
             host_netns_cookie: u64_of(offset_of!(Config, host_netns_cookie)),
             udp_timeout: u64_of(offset_of!(Config, udp_timeout)),
             hash_seed: [u32_of(seed), u32_of(seed + 4)],
             loopback_node_ports: u32_of(offset_of!(Config, loopback_node_ports)),
-            remember_peer: u32_of(offset_of!(Config, remember_peer)),
+            remember_peer: u16_of(offset_of!(Config, remember_peer)),
+            host_sockets_only: u16_of(offset_of!(Config, host_sockets_only)),
             mask_ports_first: u32_of(offset_of!(Config, mask_ports_first)),
             mask_ports_count: u32_of(offset_of!(Config, mask_ports_count)),
             service_cidrs: cidrs(offset_of!(Config, service_cidrs)),

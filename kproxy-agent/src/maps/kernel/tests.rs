@@ -188,6 +188,7 @@ fn the_configuration_is_written_where_it_differs() {
         hash_seed: [0x0102_0304, 0x0506_0708],
         loopback_node_ports: 1,
         remember_peer: 0,
+        host_sockets_only: 0,
         mask_ports_first: 30_000,
         mask_ports_count: 2_000,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
@@ -196,16 +197,22 @@ fn the_configuration_is_written_where_it_differs() {
     wanted.service_cidrs[0] = cidr(96, 12);
     wanted.cluster_cidrs[0] = cidr(244, 16);
     wanted.cluster_cidrs[1] = cidr(245, 16);
-    for change in 0..4 {
+    for change in 0..5 {
         match change {
             1 => wanted.cluster_cidrs[0] = cidr(246, 17),
             2 => wanted.cluster_cidrs[1] = Cidr::NONE,
             3 => (wanted.remember_peer, wanted.service_cidrs[0]) = (1, cidr(96, 16)),
+            4 => wanted.host_sockets_only = 1,
             _ => {}
         }
         maps.write_config(&wanted).unwrap();
         assert_eq!(config(&maps), bytes_of(&wanted), "change {change}");
         assert_eq!(maps.hash_seed().unwrap(), wanted.hash_seed);
+        let read = maps.read_config().unwrap();
+        assert_eq!(
+            (read.remember_peer, read.host_sockets_only),
+            (wanted.remember_peer, wanted.host_sockets_only)
+        );
     }
 }
 
@@ -226,15 +233,10 @@ fn bytes_of(config: &Config) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(config.host_netns_cookie.to_ne_bytes());
     bytes.extend(config.udp_timeout.to_ne_bytes());
-    let numbers = [
-        config.hash_seed[0],
-        config.hash_seed[1],
-        config.loopback_node_ports,
-        config.remember_peer,
-        config.mask_ports_first,
-        config.mask_ports_count,
-    ];
-    bytes.extend(numbers.into_iter().flat_map(u32::to_ne_bytes));
+    let [first, second] = config.hash_seed;
+    bytes.extend([first, second, config.loopback_node_ports].into_iter().flat_map(u32::to_ne_bytes));
+    bytes.extend([config.remember_peer, config.host_sockets_only].into_iter().flat_map(u16::to_ne_bytes));
+    bytes.extend([config.mask_ports_first, config.mask_ports_count].into_iter().flat_map(u32::to_ne_bytes));
     for cidr in config.service_cidrs.iter().chain(&config.cluster_cidrs) {
         bytes.extend(cidr.address().octets());
         bytes.extend(cidr.prefix_length().to_ne_bytes());

@@ -1,0 +1,69 @@
+//! Pods whose sockets are left alone: the socket hooks open nothing for them, and everything for everyone else as
+//! before.
+
+use kproxy::maps::Reconciler;
+use kproxy::maps::memory::Memory;
+use kproxy::model::NodeConfig;
+use kproxy::plan::{Tables, View};
+use kproxy_common::{
+    Address, Client, ClientKind, Config, Connection, Reason, SocketRecords, SocketVerdict, socket_connection,
+};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use crate::decision::{CAPACITY, History, Stage, stage};
+use crate::generate;
+use crate::runs;
+use crate::verdict::Question;
+
+proptest! {
+    #![proptest_config(runs(2_000))]
+
+    #[test]
+    fn sockets_of_pods_can_be_left_alone(config in generate::config(), stages in vec(stage(), 1..3)) {
+        check(&config, &stages)?;
+    }
+}
+
+fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
+    let reconciler = Reconciler::new(Tables::new(CAPACITY));
+    let mut history = History::over(config, reconciler, Memory::new(CAPACITY));
+    for (events, questions) in stages {
+        let written = history.write(events);
+        let programs = Config { udp_timeout: 1, ..written.config };
+        let all = View::new(&written.tables, programs);
+        let host = View::new(&written.tables, Config { host_sockets_only: 1, ..programs });
+        for (question, _, pick) in questions {
+            let Some(connection) = connection(question) else { continue };
+            let mut records = SocketRecords::new();
+            let before = socket_connection(&all, &connection, None, || *pick);
+            let now = socket_connection(&host, &connection, Some(&mut records), || *pick);
+            let expected = match before {
+                _ if connection.client.kind == ClientKind::Host => before,
+                // Nobody translates it, and it is counted where it was.
+                SocketVerdict::Leave { .. } => before,
+                SocketVerdict::Refuse { .. } | SocketVerdict::Translate { .. } => {
+                    SocketVerdict::Leave { reason: Reason::LeftToPackets, number: None }
+                }
+            };
+            prop_assert_eq!(now, expected, "{:?}", question);
+            // What a socket began before goes on.
+            if let SocketVerdict::Translate { record, .. } = before {
+                records.insert(record);
+                let now = socket_connection(&host, &connection, Some(&mut records), || *pick);
+                prop_assert_eq!(now, SocketVerdict::Translate { record, fresh: false }, "{:?}", question);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As a socket hook asks; nobody outside has a socket here.
+fn connection(question: &Question) -> Option<Connection> {
+    let Question { behind, client: _, destination, port, protocol } = *question;
+    if behind == ClientKind::Outside {
+        return None;
+    }
+    let client = Client { kind: behind, address: Address::UNSPECIFIED, netns_cookie: 0 };
+    Some(Connection { client, destination, port, protocol })
+}

@@ -1,0 +1,291 @@
+//! Pods whose sockets are left alone: their packets are served the same, and what they connect to is what they see.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kproxy_lab::{
+    Check, Cni, Context, EchoServer, ElbSpec, Family, Frontend, Lab, Member, Node, NodeSpec, Pod,
+};
+use serde_json::Value;
+
+use crate::Scenario;
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask_from, family_of};
+use crate::objects::Service;
+
+pub const SCENARIOS: &[Scenario] = &[
+    ("kproxy::socket_hooks_of_the_host_alone_routed", |ctx| flag(ctx, Cni::RoutedVeth)),
+    ("kproxy::socket_hooks_of_the_host_alone_bridge", |ctx| flag(ctx, Cni::Bridge)),
+];
+
+const NODE_PORT: u16 = 30_080;
+const SECOND: Duration = Duration::from_secs(1);
+const HOST_ONLY: &[&str] = &["--socket-hooks", "host"];
+
+/// The Services of these scenarios.
+struct Services {
+    /// One endpoint on the client's node.
+    near: Service,
+    /// One endpoint on another node.
+    far: Service,
+    /// The client is its endpoint.
+    own: Service,
+    /// No endpoint.
+    empty: Service,
+    /// One endpoint on the client's node, load-balancer addresses in pass-through.
+    passed: Service,
+}
+
+impl Services {
+    fn new(lab: &Lab) -> Result<Self> {
+        let service = |name, number| Service::new(name, number).tcp(80, TARGET).udp(80, TARGET);
+        let (a1, a2, b1) = (lab.pod("a1")?, lab.pod("a2")?, lab.pod("b1")?);
+        Ok(Self {
+            near: service("near", 10).pods(&[a2]),
+            far: service("far", 11).pods(&[b1]),
+            own: service("own", 12).pods(&[a1]),
+            empty: service("empty", 13),
+            passed: service("passed", 14)
+                .node_port(NODE_PORT)
+                .load_balancers(lab.elb()?.vips())
+                .local()
+                .annotation("kproxy.io/pass-through", "true")
+                .pods(&[a2]),
+        })
+    }
+
+    fn all(&self) -> [&Service; 5] {
+        let Self { near, far, own, empty, passed } = self;
+        [near, far, own, empty, passed]
+    }
+}
+
+fn lab(ctx: &Context, cni: Cni) -> Result<Lab> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2", "a3"]).cni(cni))
+            .node(NodeSpec::new("node-b", 2, &["b1"]).cni(cni))
+            .elb(ElbSpec::new())
+    })?;
+    // As Kubernetes wants it where pods share a bridge.
+    for name in ["iptables", "ip6tables"] {
+        lab.node("node-a")?.netns().set_sysctl(&format!("net/bridge/bridge-nf-call-{name}"), "1")?;
+    }
+    let node = SocketAddr::new(lab.node("node-a")?.v4().into(), NODE_PORT);
+    let frontend = Frontend::new("passed").bind_all(lab.elb()?.vips(), 80).server("node-a", node);
+    lab.elb()?.configure(&[frontend.check(Check::None)])?;
+    Ok(lab)
+}
+
+fn servers(cluster: &Cluster) -> Result<Vec<EchoServer>> {
+    cluster.servers(&["a1", "a2", "b1"])
+}
+
+fn flag(ctx: &Context, cni: Cni) -> Result<()> {
+    let lab = lab(ctx, cni)?;
+    let services = Services::new(&lab)?;
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], services.all())?;
+    let _servers = servers(&cluster)?;
+    let pod = cluster.lab.pod("a1")?.clone();
+    let node = cluster.node("node-a")?.clone();
+    let mut steps = Steps::new();
+
+    let open = Family::BOTH
+        .into_iter()
+        .map(|family| Open::new(&pod, SocketAddr::new(services.far.cluster_ip(family), 80)))
+        .collect::<Result<Vec<_>>>()?;
+    steps.step("all: a pod's socket is connected to the backend", || {
+        open.iter().try_for_each(|open| open.goes_on("b1"))?;
+        connected_to(&pod, &services.near, Seen::Backend(TARGET))
+    });
+    steps.step("host: what was connected goes on", || {
+        cluster.start_agents(&["node-a"], HOST_ONLY)?;
+        open.iter().try_for_each(|open| open.goes_on("b1"))
+    });
+    steps.step("host: a process of the node is connected to the backend", || {
+        connected_to(&node, &services.near, Seen::Backend(TARGET))
+    });
+    is_served_by_packets(&mut steps, &cluster, &services, &pod)?;
+    steps.step("explain says which way", || {
+        let from = |member: &Member| explained(&node, member.v4(), &services.near);
+        ensure!(from(&pod)?["way"] == "packet", "{:#}", from(&pod)?);
+        ensure!(from(&node)?["way"] == "socket", "{:#}", from(&node)?);
+        Ok(())
+    });
+    steps.step("all again: a pod's socket is connected to the backend", || {
+        cluster.start_agents(&["node-a"], &[])?;
+        open.iter().try_for_each(|open| open.goes_on("b1"))?;
+        connected_to(&pod, &services.near, Seen::Backend(TARGET))?;
+        ensure!(explained(&node, pod.v4(), &services.near)?["way"] == "socket");
+        Ok(())
+    });
+    steps.step("nothing strayed", || {
+        let strays = cluster.lab.strays()?;
+        ensure!(strays.is_empty(), "{strays:?}");
+        Ok(())
+    });
+    steps.done()
+}
+
+/// All that a pod may ask for, whose sockets are left alone; and it sees what it asked for.
+fn is_served_by_packets(steps: &mut Steps, cluster: &Cluster, services: &Services, pod: &Pod) -> Result<()> {
+    let Services { near, far, own, empty, passed } = services;
+    let name = pod.name();
+    let client = Client::at(pod)?;
+    let elb = cluster.lab.elb()?;
+    for service in [near, far] {
+        steps.step(&format!("{name} is connected to {}", service.name()), || {
+            connected_to(pod, service, Seen::Service)
+        });
+    }
+    for family in Family::BOTH {
+        let at = |service: &Service| SocketAddr::new(service.cluster_ip(family), 80);
+        let node_port = SocketAddr::new(cluster.node("node-a")?.ip(family), NODE_PORT);
+        for transport in Transport::ALL {
+            for (to, server) in [(at(near), "a2"), (at(far), "b1"), (node_port, "a2")] {
+                steps.step(&format!("{name} reaches {to}, {transport:?}"), || {
+                    client.reaches(transport, to, &[server])
+                });
+            }
+            steps.step(&format!("{name} reaches itself, {family:?}, {transport:?}"), || {
+                // It is seen as the node, since it would answer itself past the host.
+                let (answer, _) = ask_from(&client.worker, transport, at(own))?;
+                ensure!(answer.server == name, "answered by {answer:?}");
+                ensure!(!client.addresses.contains(&answer.client.ip().to_canonical()), "{answer:?}");
+                Ok(())
+            });
+        }
+        for transport in Transport::REFUSABLE {
+            steps.step(&format!("{name} is refused, {family:?}, {transport:?}"), || {
+                client.is_refused_by_packet(transport, at(empty))
+            });
+        }
+    }
+    steps.step(&format!("pass-through of {name} is left alone"), || {
+        for vip in elb.vips() {
+            let (to, before) = (SocketAddr::new(*vip, 80), elb.connections("passed")?);
+            let counted = passed_through(cluster, passed)?;
+            let answer = client.worker.ask_tcp(to)?;
+            ensure!(answer.server == "a2", "{answer:?}");
+            ensure!(elb.connections("passed")? == before + 1, "{to}: the load balancer did not see it");
+            // Once, by whichever hook.
+            ensure!(passed_through(cluster, passed)? == counted + 1, "{to}: not counted once");
+        }
+        Ok(())
+    });
+    Ok(())
+}
+
+/// How many connections to a Service have been left to the load balancer.
+fn passed_through(cluster: &Cluster, service: &Service) -> Result<u64> {
+    let view = cluster.service("node-a", service.name())?;
+    view["passThroughConnections"].as_u64().with_context(|| format!("{view:#}"))
+}
+
+/// What a socket is connected to in truth, whatever getpeername says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Seen {
+    /// The address that was asked.
+    Service,
+    /// A backend, at this port.
+    Backend(u16),
+}
+
+/// Connects to the ClusterIPs of a Service, and looks what the kernel thinks of the sockets.
+fn connected_to(member: &Member, service: &Service, seen: Seen) -> Result<()> {
+    let worker = member.worker()?;
+    for family in Family::BOTH {
+        let to = SocketAddr::new(service.cluster_ip(family), 80);
+        let tcp = worker.tcp_connect(to)?;
+        worker.tcp_ask(tcp.id, "hello")?;
+        let udp = worker.udp_socket(family)?;
+        let udp = worker.udp_connect(udp.id, to)?;
+        worker.udp_send(udp.id, "hello")?;
+        worker.udp_receive(udp.id, SECOND)?;
+        for (protocol, socket) in [("tcp", tcp), ("udp", udp)] {
+            let peer = true_peer(member, protocol, socket.local)?;
+            let is = if peer == to { Seen::Service } else { Seen::Backend(peer.port()) };
+            ensure!(is == seen, "{} to {to}: its {protocol} socket is connected to {peer}", member.name());
+            ensure!(worker.getpeername(socket.id)? == to, "getpeername shows another than {to}");
+        }
+    }
+    Ok(())
+}
+
+/// The other end of a socket with this address of its own, as the tables of its namespace have it.
+fn true_peer(member: &Member, protocol: &str, local: SocketAddr) -> Result<SocketAddr> {
+    let version = if local.is_ipv4() { "" } else { "6" };
+    let path = format!("/proc/thread-self/net/{protocol}{version}");
+    let table = member.netns().within(|| fs::read_to_string(&path).with_context(|| path.clone()))?;
+    for line in table.lines().skip(1) {
+        let mut columns = line.split_whitespace().skip(1);
+        let (Some(own), Some(peer)) = (columns.next(), columns.next()) else { continue };
+        let (own, peer) = (address(own)?, address(peer)?);
+        if own.port() == local.port() && peer.port() != 0 {
+            return Ok(peer);
+        }
+    }
+    anyhow::bail!("no connected socket at {local} in {path}:\n{table}")
+}
+
+/// `0B00F40A:1F90`: words of the machine's byte order, and a port.
+fn address(text: &str) -> Result<SocketAddr> {
+    let (ip, port) = text.split_once(':').with_context(|| format!("{text} is no address"))?;
+    let words = ip.as_bytes().chunks(8).map(|word| {
+        let word = u32::from_str_radix(std::str::from_utf8(word)?, 16)?;
+        Ok(word.to_ne_bytes())
+    });
+    let octets: Vec<u8> = words.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+    let ip = match <[u8; 4]>::try_from(&octets[..]) {
+        Ok(octets) => IpAddr::from(Ipv4Addr::from(octets)),
+        Err(_) => {
+            let octets =
+                <[u8; 16]>::try_from(&octets[..]).with_context(|| format!("{text} is no address"))?;
+            IpAddr::from(Ipv6Addr::from(octets))
+        }
+    };
+    Ok(SocketAddr::new(ip, u16::from_str_radix(port, 16)?))
+}
+
+/// What `kproxy explain` says about the ClusterIP of a Service.
+fn explained(node: &Node, from: Ipv4Addr, service: &Service) -> Result<Value> {
+    let to = format!("{}:80", service.cluster_ip(Family::V4));
+    let arguments = ["explain", "--from", &from.to_string(), "--to", &to, "-o", "json"];
+    Ok(serde_json::from_str(&node.kproxy(&arguments)?.success()?)?)
+}
+
+/// Sockets that spoke to a Service.
+struct Open {
+    worker: kproxy_lab::Worker,
+    to: SocketAddr,
+    tcp: u64,
+    connected: u64,
+    unconnected: u64,
+}
+
+impl Open {
+    fn new(member: &Member, to: SocketAddr) -> Result<Self> {
+        let worker = member.worker()?;
+        let tcp = worker.tcp_connect(to)?.id;
+        let connected = worker.udp_socket(family_of(to))?.id;
+        worker.udp_connect(connected, to)?;
+        let unconnected = worker.udp_socket(family_of(to))?.id;
+        Ok(Self { worker, to, tcp, connected, unconnected })
+    }
+
+    /// All of them are answered, by this server, and see the address that they asked.
+    fn goes_on(&self, server: &str) -> Result<()> {
+        let Self { worker, to, tcp, connected, unconnected } = self;
+        let answer = worker.tcp_ask(*tcp, "still there")?;
+        ensure!(answer.server == server, "{to}: {answer:?}");
+        ensure!(worker.getpeername(*tcp)? == *to, "getpeername shows {}", worker.getpeername(*tcp)?);
+        worker.udp_send(*connected, "still there")?;
+        worker.udp_send_to(*unconnected, *to, "still there")?;
+        for socket in [connected, unconnected] {
+            let datagram = worker.udp_receive(*socket, SECOND).with_context(|| format!("from {to}"))?;
+            ensure!(datagram.from == *to, "{} answered for {to}", datagram.from);
+            ensure!(datagram.data.contains(server), "{to}: {}", datagram.data);
+        }
+        Ok(())
+    }
+}
