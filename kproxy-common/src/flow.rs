@@ -124,7 +124,8 @@ pub struct Flow {
     pub slot: u32,
     /// Zero.
     pub _pad2: u32,
-    /// The last packet of this direction, in nanoseconds since boot; written about once a second.
+    /// The last packet of this direction, in nanoseconds since boot; written about once a second. Of a connection that is
+    /// being opened or closed: when that began.
     pub last_seen: u64,
 }
 

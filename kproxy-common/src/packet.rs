@@ -63,6 +63,8 @@ pub trait FlowTables: Tables {
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState>;
     /// Notes, in place, when an established flow was last used and how far it has come.
     fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64);
+    /// Notes, in place, when a flow that is being opened was last used.
+    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64);
     /// The address, of the family of `like`, that clients are masked with on the interface `device`.
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address>;
     /// Whether clients behind the interface `device` share a bridge with the backends of this node, which then answer

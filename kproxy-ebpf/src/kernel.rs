@@ -288,6 +288,16 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64) {
+        if let Some(scratch) = Scratch::of(packet, hook)
+            && let Some(flow) = maps::FLOW_TRANSIENT.get_ptr_mut(&scratch.key)
+        {
+            // SAFETY: the pointer is valid for the program's run; the field is written by one store.
+            unsafe { (*flow).last_seen = last_seen };
+        }
+    }
+
+    #[inline(always)]
     fn count(&self, number: u32, forwarded: bool) {
         let Some(counters) = maps::COUNTER.get_ptr_mut(number) else {
             return;

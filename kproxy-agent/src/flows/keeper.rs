@@ -112,7 +112,8 @@ impl Keeper {
         Ok(Self::over(FlowMaps::open(bpf_root)?, now))
     }
 
-    fn over(maps: FlowMaps, now: Instant) -> Self {
+    /// Of these tables.
+    pub fn over(maps: FlowMaps, now: Instant) -> Self {
         let sweep = Sweep { began: now, next: now + STEP, scan: Scan::new(now), entries: 0 };
         Self { maps, sweep, search: Search::default() }
     }

@@ -10,6 +10,7 @@ mod fragments;
 mod frame;
 mod fuzz;
 mod hostile;
+mod lifetimes;
 mod longrun;
 mod masks;
 mod nat;

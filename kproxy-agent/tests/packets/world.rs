@@ -2,9 +2,10 @@
 
 use std::{
     collections::BTreeMap,
+    mem::offset_of,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use aya::{
@@ -12,9 +13,10 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
+    flows::{Keeper, Serving, Step},
     maps::{
         Reconciler,
-        kernel::KernelMaps,
+        kernel::{FlowMaps, FlowTable, KernelMaps},
         memory::{FlowView, Flows},
     },
     model::{Change, Model, NodeConfig, parse},
@@ -77,6 +79,8 @@ pub struct World {
     reconciler: Reconciler,
     config: Config,
     host: Flows,
+    /// How far the host's clock is ahead of the programs'.
+    ahead: Duration,
     devices: [u32; 3],
     is_synced: bool,
     /// The counters of verdicts, when they were last read.
@@ -172,6 +176,7 @@ impl World {
             reconciler: Reconciler::new(tables),
             config,
             host,
+            ahead: Duration::ZERO,
             devices,
             is_synced: false,
             counted: Reason::ALL.iter().map(|reason| (*reason, 0)).collect(),
@@ -279,7 +284,7 @@ impl World {
 
     /// The same, about what was read of it.
     pub fn decide_about(&mut self, at: At, meta: &PacketMeta) -> PacketVerdict {
-        self.host.now = now();
+        self.host.now = self.host_now();
         let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
         match at {
             At::In(device) => {
@@ -293,7 +298,7 @@ impl World {
     /// What the host decides about a fragment with this identification, having met all packets before. It gives a later
     /// one its ports.
     pub fn decide_about_fragment(&mut self, at: At, meta: &mut PacketMeta, id: u32) -> PacketVerdict {
-        self.host.now = now();
+        self.host.now = self.host_now();
         let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
         let hook = if matches!(at, At::In(_)) { Hook::Ingress } else { Hook::Egress };
         match follow_fragment(&view, meta, hook, id) {
@@ -399,6 +404,60 @@ impl World {
         let map = self.programs.object().map(map).expect("the map is in the object");
         let map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
         map.iter().map(|entry| entry.expect("it can be read")).map(flow_of).collect()
+    }
+
+    /// So much time passes, in which no packet comes: all that was noted is so much older.
+    pub fn let_pass(&mut self, time: Duration) {
+        for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
+            let map = self.programs.object().map_mut(map).expect("the map is in the object");
+            let mut map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
+            let entries: Vec<([u8; 40], [u8; 64])> =
+                map.iter().collect::<Result<_, _>>().expect("it can be read");
+            for (key, mut flow) in entries {
+                let (_, Flow { last_seen, .. }) = flow_of((key, flow));
+                let earlier = last_seen - time.as_nanos() as u64;
+                flow[offset_of!(Flow, last_seen)..].copy_from_slice(&earlier.to_ne_bytes());
+                map.insert(key, flow, 0).expect("it is there");
+            }
+        }
+        // The programs' clock cannot be set, the host's can.
+        self.ahead += time;
+    }
+
+    /// The agent sweeps the tables of flows, once from end to end.
+    pub fn sweep(&mut self) {
+        let object = self.programs.object();
+        let maps = FlowMaps::from_fds(|name| {
+            let map = object.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
+            data_of(map).fd().as_fd().try_clone_to_owned()
+        });
+        let mut now = Instant::now();
+        let mut keeper = Keeper::over(maps.expect("the maps are what this version expects"), now);
+        loop {
+            now = keeper.next_step().max(now);
+            let step = keeper.step(&Serving::default(), now, crate::world::now()).expect("it sweeps");
+            if matches!(step, Step::Swept { table: FlowTable::Transient, .. }) {
+                return;
+            }
+        }
+    }
+
+    /// Both tables of flows are the host's, and so is, but for a part of a second, what they note of times.
+    pub fn compare_ages(&mut self) {
+        self.compare_flows();
+        let (now, host_now) = (now(), self.host_now());
+        let host: BTreeMap<FlowKey, Flow> =
+            self.host.established().into_iter().chain(self.host.transient()).collect();
+        for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
+            for (key, flow) in self.entries(map) {
+                let (age, host_age) = (now - flow.last_seen, host_now - host[&key].last_seen);
+                assert!(age.abs_diff(host_age) < 900_000_000, "{key:?}: {age}, on the host {host_age}");
+            }
+        }
+    }
+
+    fn host_now(&self) -> u64 {
+        now() + self.ahead.as_nanos() as u64
     }
 
     /// Both tables of flows are the host's, but for times.

@@ -26,6 +26,7 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     }
     if let Some(flow) = tables.transient(packet, Hook::Egress) {
         if matches!(flow.role, Role::Forwarded) && flow.port != 0 {
+            life::note_unanswered(tables, packet, Hook::Egress, &flow);
             return Quick::decided(flow.set_source());
         }
         return Quick::Known;

@@ -45,6 +45,7 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: Cli
             || matches!(flow.state, FlowState::Opening)
             || matches!(flow.role, Role::Return))
     {
+        life::note_unanswered(tables, packet, Hook::Ingress, &flow);
         return Quick::decided(flow.set_destination());
     }
     if !packet.may_open() {

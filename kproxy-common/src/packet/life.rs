@@ -56,6 +56,21 @@ pub(super) fn note<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, f
     }
 }
 
+/// Notes that a datagram of a flow was seen that its peer has not answered: one-way UDP lives as long as it goes on. Of
+/// connections nothing is noted until they are established, or a client that never gets an answer would keep its entry,
+/// and with it its backend and its mask's port, for as long as it asks. conntrack does the same: it renews the time of a
+/// datagram's entry with each, that of a SYN or INIT with none that is sent again.
+#[inline(always)]
+pub(super) fn note_unanswered<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
+    if !matches!(packet.protocol, Protocol::Udp) || matches!(flow.state, FlowState::Closed) {
+        return;
+    }
+    let now = tables.now();
+    if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
+        tables.note_transient(packet, hook, now);
+    }
+}
+
 /// One direction has sent its FIN; with the other's the flow ends.
 #[inline(never)]
 fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
@@ -75,6 +90,7 @@ fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
 pub(super) fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
     tables.with_flow(packet, hook, |flow| {
         flow.state = FlowState::Closed;
+        flow.last_seen = tables.now();
         let demote = |role| {
             tables.put_transient(flow, role);
             tables.remove_flow(flow, role);

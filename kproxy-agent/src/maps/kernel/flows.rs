@@ -1,7 +1,7 @@
 //! The tables of flows. Programs write them; the agent sweeps them, and the commands read them, both page by page:
 //! they can hold a million entries, and no one needs these at once.
 
-use std::{io, mem::offset_of, path::Path};
+use std::{io, mem::offset_of, os::fd::OwnedFd, path::Path};
 
 use kproxy_common::{
     Address, Conversation, Flow, FlowKey, FlowState, Hook, Protocol, Role, ServiceIdentity, ServiceInfo,
@@ -86,6 +86,14 @@ impl FlowMaps {
         Self::from_maps(|name| {
             let path = bpf_root.join(name);
             Map::open(&path).map_err(|source| MapError::Open { path, source })
+        })
+    }
+
+    /// The same maps by their descriptors: for tests of programs whose maps are not pinned.
+    pub fn from_fds(fd: impl Fn(&'static str) -> io::Result<OwnedFd>) -> Result<Self, MapError> {
+        Self::from_maps(|name| {
+            let map = fd(name).and_then(Map::from_fd);
+            map.map_err(|source| MapError::Call { what: "open", map: name, source })
         })
     }
 

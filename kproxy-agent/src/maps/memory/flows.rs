@@ -201,6 +201,12 @@ impl FlowTables for FlowView<'_> {
         }
     }
 
+    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64) {
+        if let Some(flow) = self.flows.transient.borrow_mut().get_mut(&key(packet, hook)) {
+            flow.last_seen = last_seen;
+        }
+    }
+
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address> {
         let addresses = self.flows.devices.get(&device)?;
         let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
