@@ -12,8 +12,8 @@ mod text;
 use anyhow::Result;
 use kproxy_common::{
     Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, PacketMeta,
-    PacketVerdict, Protocol, Resolution, ServiceInfo, Side, SocketVerdict, Tables, TcpFlags, TrafficPolicy,
-    choose, client_of, is_masked, new_egress, resolve, socket_connection,
+    PacketVerdict, Protocol, Resolution, ServiceInfo, Side, SocketCall, SocketVerdict, Tables, TcpFlags,
+    TrafficPolicy, choose, client_of, is_masked, new_egress, resolve, socket_connection,
 };
 
 pub use self::{
@@ -100,6 +100,8 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
         answer.port = Some(matched.port.clone());
     }
     let (verdict, reason) = match resolution {
+        // No socket hook sees it.
+        _ if place.behind == ClientKind::Host && query.protocol == Protocol::Sctp => unserved(&tables, query),
         Resolution::Pass { reason, .. } => (Verdict::Pass, reason),
         Resolution::Reject { reason, .. } => (Verdict::Reject, reason),
         Resolution::Drop { reason, .. } => (Verdict::Drop, reason),
@@ -161,19 +163,20 @@ fn way(tables: &impl Tables, connection: &Connection, place: &Place) -> Way {
     }
     // A socket has no address yet when it is asked about.
     let client = Client { address: connection.destination.any_of_family(), ..connection.client };
-    match socket_connection(tables, &Connection { client, ..*connection }, None, || 0) {
+    match socket_connection(tables, &Connection { client, ..*connection }, SocketCall::Connect, || 0) {
         SocketVerdict::Translate { .. } => Way::Socket,
         SocketVerdict::Leave { .. } | SocketVerdict::Refuse { .. } => Way::Packet,
     }
 }
 
-/// What becomes of a packet that this host sends to a frontend, where no socket hook has translated its connection: the
-/// hook of the interface that it leaves by decides.
+/// What becomes of a packet that this host sends where no socket hook has translated its connection: the hook of the
+/// interface that it leaves by decides.
 fn unserved(tables: &impl Tables, query: &Query) -> (Verdict, kproxy_common::Reason) {
     let packet = PacketMeta {
         source: query.from,
         destination: query.to,
-        source_port: 0,
+        // Any that a client can have.
+        source_port: u16::MAX,
         destination_port: query.port,
         protocol: query.protocol,
         tcp: TcpFlags::default(),

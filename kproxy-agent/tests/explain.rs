@@ -131,7 +131,7 @@ fn lines_in_lines_out() {
         "\u{feff}nonsense\n",
         r#"{"from": "198.51.100.1", "to": "203.0.113.10:80", "protocol": "TCP", "id": 7}"#,
         "\n",
-        r#"{"from": "192.0.2.11", "to": "10.96.0.30:80", "protocol": "sctp"}"#,
+        r#"{"from": "10.244.1.7", "to": "10.96.0.30:80", "protocol": "sctp"}"#,
     );
     let mut input = child.stdin.take().unwrap();
     input.write_all(lines.as_bytes()).unwrap();

@@ -3,6 +3,8 @@
 
 #[path = "model_properties/affine.rs"]
 mod affine;
+#[path = "model_properties/connects.rs"]
+mod connects;
 #[path = "model_properties/decision.rs"]
 mod decision;
 #[path = "model_properties/generate.rs"]

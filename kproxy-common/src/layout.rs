@@ -76,7 +76,7 @@ pub const PACKET_PARTS: [&str; 11] = [
     "in_known",
     "in_new",
     "in_open",
-    "in_refuse",
+    "refused",
     "in_odd",
     "in_icmp",
     "out_known",

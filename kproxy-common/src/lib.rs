@@ -40,6 +40,6 @@ pub use packet::{
 };
 pub use reason::Reason;
 pub use socket::{
-    ConnectedSocket, SOCKET_RECORDS, SocketIdentity, SocketRecord, SocketRecords, SocketVerdict,
+    ConnectedSocket, SOCKET_RECORDS, SocketCall, SocketIdentity, SocketRecord, SocketRecords, SocketVerdict,
     original_address, socket_connection,
 };

@@ -44,7 +44,8 @@ reasons! {
     OtherProxy = 8, "other-proxy";
     /// The ClusterIP stands on an interface of this node, and is left to whoever put it there.
     LocalAddress = 9, "local-address";
-    /// The packet hook will decide: the socket hook lacks the source address, or is to leave this pod alone.
+    /// The packet hook will decide: the socket hook lacks the source address, or is to leave this pod alone, or nothing is
+    /// sent yet.
     LeftToPackets = 10, "left-to-packets";
     /// The client is to be masked, but the interface that it leaves by has no address of its family.
     NoMaskAddress = 11, "no-mask-address";

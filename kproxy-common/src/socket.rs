@@ -197,6 +197,16 @@ impl Default for SocketRecords {
     }
 }
 
+/// What a process asks of its socket.
+#[derive(Debug)]
+pub enum SocketCall<'a> {
+    /// To be connected: balanced anew, whatever the socket spoke to before.
+    Connect,
+    /// To send a datagram to an address, with the socket's records, if it has any: a flow keeps its backend while that
+    /// serves and the flow is not idle.
+    Send(Option<&'a mut SocketRecords>),
+}
+
 /// What a socket hook does with a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SocketVerdict {
@@ -211,10 +221,7 @@ pub enum SocketVerdict {
 
 const LEFT_TO_PACKETS: SocketVerdict = SocketVerdict::Leave { reason: Reason::LeftToPackets, number: None };
 
-/// Decides about a connect (`records`: none, since a connection is balanced anew) or about a datagram of an
-/// unconnected socket, whose flow keeps its backend while that serves and the flow is not idle.
-///
-/// `pick` is a random number, asked for only when a backend is picked.
+/// Decides about a call with this address. `pick` is a random number, asked for only when a backend is picked.
 ///
 /// A connection that must be *dropped* is left untouched here: the packet hook on the way drops it, so that
 /// the process sees what it would see with any other proxy, a timeout. So is, whatever is to become of it, what a
@@ -223,7 +230,7 @@ const LEFT_TO_PACKETS: SocketVerdict = SocketVerdict::Leave { reason: Reason::Le
 pub fn socket_connection<T: Tables>(
     tables: &T,
     connection: &Connection,
-    records: Option<&mut SocketRecords>,
+    call: SocketCall<'_>,
     pick: impl FnOnce() -> u32,
 ) -> SocketVerdict {
     let balance = match resolve(tables, connection) {
@@ -231,13 +238,21 @@ pub fn socket_connection<T: Tables>(
         Resolution::Pass { reason, number } => return SocketVerdict::Leave { reason, number },
         Resolution::Drop { reason, .. } => return SocketVerdict::Leave { reason, number: None },
         Resolution::Reject { .. } if is_opted_out(tables, &connection.client) => return LEFT_TO_PACKETS,
+        // Connecting a UDP socket sends nothing, and many do so only to learn their own address (ping, getaddrinfo).
+        // What is sent then is refused where it leaves its pod or this host. Not so where a Service has no endpoints: what
+        // the host sends to its addresses outside of ServiceCIDRs would leave.
+        Resolution::Reject { reason: Reason::UndefinedPort, .. }
+            if matches!((&call, connection.protocol), (SocketCall::Connect, Protocol::Udp)) =>
+        {
+            return LEFT_TO_PACKETS;
+        }
         Resolution::Reject { reason, .. } => return SocketVerdict::Refuse { reason },
     };
     // A pod that is to be masked is so where its packets leave it. The host's own address is the node's already.
     if balance.side.has(Options::MASQUERADE) && matches!(connection.client.kind, ClientKind::Pod) {
         return LEFT_TO_PACKETS;
     }
-    if let Some(records) = records
+    if let SocketCall::Send(Some(records)) = call
         && let Some(record) = records.for_service(&connection.destination, connection.port)
         && let Some(record) = continued(tables, balance.number, record)
     {

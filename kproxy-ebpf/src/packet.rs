@@ -37,7 +37,7 @@ enum Part {
     InKnown = 0,
     InNew = 1,
     InOpen = 2,
-    InRefuse = 3,
+    Refused = 3,
     InOdd = 4,
     InIcmp = 5,
     OutKnown = 6,
@@ -99,7 +99,7 @@ pub fn in_new(ctx: TcContext) -> i32 {
         }
         New::Verdict(PacketVerdict::Refuse { reason }) => {
             parsed.reason = reason;
-            call(&ctx, Part::InRefuse)
+            call(&ctx, Part::Refused)
         }
         New::Verdict(verdict) => leave(&ctx, parsed, verdict),
     }
@@ -115,9 +115,9 @@ pub fn in_open(ctx: TcContext) -> i32 {
     apply(&ctx, parsed, verdict)
 }
 
-/// Of an ingress hook: packets that are refused.
+/// Of both hooks: packets that are refused.
 #[classifier]
-pub fn in_refuse(ctx: TcContext) -> i32 {
+pub fn refused(ctx: TcContext) -> i32 {
     match Parsed::get() {
         Some(parsed) => refuse::refuse(&ctx, parsed),
         None => next(Reason::TableError),
@@ -148,8 +148,13 @@ pub fn out_new(ctx: TcContext) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
-    let verdict = new_egress(&KERNEL, &parsed.meta);
-    leave(&ctx, parsed, verdict)
+    match new_egress(&KERNEL, &parsed.meta) {
+        PacketVerdict::Refuse { reason } => {
+            parsed.reason = reason;
+            call(&ctx, Part::Refused)
+        }
+        verdict => leave(&ctx, parsed, verdict),
+    }
 }
 
 /// Of an ingress hook: headers that are seldom.

@@ -8,8 +8,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use kproxy_common::{
-    Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketIdentity, SocketRecord,
-    SocketRecords, SocketVerdict, Tables as _, original_address, socket_connection,
+    Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketCall, SocketIdentity,
+    SocketRecord, SocketRecords, SocketVerdict, Tables as _, original_address, socket_connection,
 };
 
 use crate::{
@@ -217,7 +217,7 @@ fn connect(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    let verdict = socket_connection(&KERNEL, &connection, None, random);
+    let verdict = socket_connection(&KERNEL, &connection, SocketCall::Connect, random);
     count(&verdict);
     match verdict {
         SocketVerdict::Leave { .. } => {
@@ -254,7 +254,7 @@ fn sendmsg(call: &impl Call) -> i32 {
     let Some(connection) = call.connection() else {
         return GO_ON;
     };
-    let verdict = socket_connection(&KERNEL, &connection, call.records(), random);
+    let verdict = socket_connection(&KERNEL, &connection, SocketCall::Send(call.records()), random);
     count(&verdict);
     match verdict {
         SocketVerdict::Leave { .. } => GO_ON,

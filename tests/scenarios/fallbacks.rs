@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask, eventually};
 use crate::objects::Service;
+use crate::packets::ping;
 
 pub const SCENARIOS: &[Scenario] =
     &[("kproxy::filters_without_tcx", filters), ("kproxy::sockets_without_set_retval", sockets)];
@@ -60,6 +61,14 @@ fn filters(ctx: &Context) -> Result<()> {
         let names = ours(&node, "eth0")?;
         ensure!(names.len() == 2, "{names:?}");
         reach()
+    });
+    steps.step("the host's own packets are answered", || {
+        let host = Client::at(&node)?;
+        Family::BOTH.iter().try_for_each(|family| {
+            let undefined = SocketAddr::new(web.cluster_ip(*family), 9_999);
+            host.is_refused_by_packet(Transport::UdpConnected, undefined)?;
+            ping(&node, undefined.ip())
+        })
     });
     steps.step("exchanged by the next agent, not added", || {
         let open = client.worker.tcp_connect(SocketAddr::new(node.ip(Family::V4), NODE_PORT))?;

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use crate::Scenario;
 use crate::cluster::{Cluster, SILENCE, Steps, TARGET, Transport, ask, family_of};
 use crate::objects::{Service, cluster_ip};
+use crate::packets::ping;
 use crate::reach::refused;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -174,7 +175,12 @@ fn refusals(ctx: &Context) -> Result<()> {
                     });
                 }
                 steps.step(&of("undefined port of a ClusterIP"), || {
-                    client.is_refused(transport, SocketAddr::new(web.cluster_ip(family), 81))
+                    let to = SocketAddr::new(web.cluster_ip(family), 81);
+                    match transport {
+                        // Connecting it sends nothing, and so does not fail.
+                        Transport::UdpConnected => client.is_refused_by_packet(transport, to),
+                        Transport::Tcp | Transport::UdpUnconnected => client.is_refused(transport, to),
+                    }
                 });
                 steps.step(&of("unclaimed port of a load balancer"), || {
                     let to = SocketAddr::new(vip(lab, family)?, outside.port());
@@ -191,13 +197,15 @@ fn refusals(ctx: &Context) -> Result<()> {
                 });
             }
             let of = |what: &str| format!("{}, {what}, {family:?}", client.name);
+            let member = if client.name == "a1" { &**lab.pod("a1")? } else { &**lab.node("node-a")? };
+            steps.step(&of("ping to a ClusterIP"), || ping(member, web.cluster_ip(family)));
             steps.step(&of("another proxy's ClusterIP is left alone"), || {
                 client.gets_silence(Transport::Tcp, SocketAddr::new(foreign.cluster_ip(family), 80))?;
                 wait_until("it left the node", SECOND, || Ok(lab.strays_to(foreign.cluster_ip(family))? > 0))
             });
             // The foreign ones came later by the same way: whatever was to arrive has arrived.
             steps.step(&of("dropped ones never left the node"), || {
-                for address in [cluster_ip(99, family), here.cluster_ip(family)] {
+                for address in [cluster_ip(99, family), here.cluster_ip(family), web.cluster_ip(family)] {
                     ensure!(lab.strays_to(address)? == 0, "{address} left the node");
                 }
                 Ok(())
@@ -234,6 +242,19 @@ fn udp_sockets(ctx: &Context) -> Result<()> {
             });
             steps.step(&of("connect to a service, then elsewhere"), || {
                 connects_elsewhere(worker, all[0], all[1], &servers[0], &elsewhere, family)
+            });
+            steps.step(&of("connect to a service, then to a port that it does not have, and back"), || {
+                let socket = worker.udp_socket(family)?;
+                let undefined = SocketAddr::new(all[0].ip(), 1025);
+                for _ in 0..2 {
+                    ensure!(worker.udp_connect(socket.id, all[0])?.peer == Some(all[0]));
+                    worker.udp_send(socket.id, "served")?;
+                    ensure!(worker.udp_receive(socket.id, SECOND)?.from == all[0]);
+                    ensure!(worker.udp_connect(socket.id, undefined)?.peer == Some(undefined));
+                    worker.udp_send(socket.id, "refused")?;
+                    refused(worker.udp_receive(socket.id, SECOND), Errno::ECONNREFUSED)?;
+                }
+                Ok(worker.close(socket.id)?)
             });
             steps.step(&of("send to a service, then connect elsewhere"), || {
                 let socket = worker.udp_socket(family)?;

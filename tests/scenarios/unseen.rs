@@ -60,6 +60,7 @@ fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
     let node = lab.node("node-a")?;
     let pod = lab.pod("a1")?.unseen();
     let mut client = Client::at(&pod)?;
+    let host = Client::at(&node.unseen())?;
     let node_addresses: BTreeSet<IpAddr> = node_addresses(node)?;
     let mut steps = Steps::new();
 
@@ -121,6 +122,18 @@ fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
             client.gets_silence(Transport::Tcp, to)?;
             client.gets_silence(Transport::UdpConnected, to)
         });
+        for transport in Transport::REFUSABLE {
+            steps.step(&format!("an undefined port, from the host, {family:?}, {transport:?}"), || {
+                host.is_refused_by_packet(transport, SocketAddr::new(near.cluster_ip(family), 9_999))
+            });
+            steps.step(
+                &format!("what only sockets could serve, from the host, {family:?}, {transport:?}"),
+                || {
+                    host.gets_silence(transport, at(&near))?;
+                    host.gets_silence(transport, at(&empty))
+                },
+            );
+        }
         steps.step(&format!("echo, {family:?}"), || ping(&pod, near.cluster_ip(family)));
         steps.step(&format!("echo from the host, {family:?}"), || ping(node, near.cluster_ip(family)));
     }

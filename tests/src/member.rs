@@ -177,6 +177,14 @@ impl Member {
         Capture::start(self, interface, filter)
     }
 
+    /// Of a node's group or a pod's: the same, in the group that the node's lies in.
+    fn outside_of_node(&self) -> Self {
+        let Inner { name, netns, cgroup, folder, v4, v6 } = &*self.inner;
+        let cgroup = cgroup.parent().and_then(Path::parent).unwrap_or(cgroup).to_owned();
+        let (name, netns, folder) = (name.clone(), Arc::clone(netns), folder.clone());
+        Self { inner: Arc::new(Inner { name, netns, cgroup, folder, v4: *v4, v6: *v6 }) }
+    }
+
     fn words(&self, words: &[&str]) -> Result<Cmd> {
         let (program, arguments) = words.split_first().unwrap_or((&"", &[]));
         Ok(self.command(program)?.args(arguments))
@@ -199,11 +207,7 @@ impl Pod {
     /// The pod's namespace, but outside of its node's cgroup: what is started here no socket hook sees, as in a virtual
     /// machine.
     pub fn unseen(&self) -> Member {
-        let Inner { name, netns, cgroup, folder, v4, v6 } = &*self.member.inner;
-        // The lab's own group, the parent of the node's.
-        let cgroup = cgroup.parent().and_then(Path::parent).unwrap_or(cgroup).to_owned();
-        let (name, netns, folder) = (name.clone(), Arc::clone(netns), folder.clone());
-        Member { inner: Arc::new(Inner { name, netns, cgroup, folder, v4: *v4, v6: *v6 }) }
+        self.member.outside_of_node()
     }
 }
 
@@ -249,6 +253,11 @@ impl Node {
     /// The folder for the agent's pins: its `--bpf-root`. The agent makes it.
     pub fn bpf_root(&self) -> &Path {
         &self.surroundings.bpf_root
+    }
+
+    /// The node's own namespace, but outside of its cgroup: what is started here no socket hook sees, as a raw socket.
+    pub fn unseen(&self) -> Member {
+        self.member.outside_of_node()
     }
 
     /// The agent of this node, about to be started.

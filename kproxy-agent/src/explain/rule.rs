@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use kproxy_common::{Cidr, ClientKind, FrontendKind, Mode, Options, Reason, Tables, TrafficPolicy};
+use kproxy_common::{Cidr, ClientKind, FrontendKind, Mode, Options, Protocol, Reason, Tables, TrafficPolicy};
 
 use super::{Ground, Matched, Query, Verdict};
 use crate::{plan::split_name, wanted::PassThroughRule};
@@ -118,12 +118,18 @@ fn without_frontend<G: Ground, T: Tables>(subject: &Subject<'_, G, T>, reason: R
     let Subject { ground, tables, query, kind, .. } = subject;
     let (to, wanted) = (query.to, format!("{}/{}", query.port, query.protocol));
     match reason {
-        Reason::UndefinedPort => match at_address(*ground, query) {
-            Some((service, _, ports)) => {
-                format!("{to} is the ClusterIP of {service}, which has no port {wanted} (it has {ports})")
-            }
-            None => format!("{to} is the ClusterIP of a Service that has no port {wanted}"),
-        },
+        Reason::UndefinedPort => {
+            let then = match query.protocol {
+                Protocol::Udp => "; a socket may connect to it, and is refused when it sends",
+                Protocol::Tcp | Protocol::Sctp => "",
+            };
+            format!("{}{then}", undefined_port(*ground, query))
+        }
+        Reason::Unserved => format!(
+            "{}; what this host sends by {} is not answered, and is not to leave the node",
+            undefined_port(*ground, query),
+            query.protocol
+        ),
         Reason::UnallocatedAddress => {
             let cidrs = tables.config().map(|config| config.service_cidrs).unwrap_or([Cidr::NONE; 8]);
             let cidr = cidrs.iter().find(|cidr| cidr.contains(&to)).map(text_of).unwrap_or_default();
@@ -147,6 +153,16 @@ fn without_frontend<G: Ground, T: Tables>(subject: &Subject<'_, G, T>, reason: R
             None => format!("no Service has {}/{}", query.to_socket(), query.protocol),
         },
         other => format!("{query}: {}", other.word()),
+    }
+}
+
+fn undefined_port(ground: &impl Ground, query: &Query) -> String {
+    let (to, wanted) = (query.to, format!("{}/{}", query.port, query.protocol));
+    match at_address(ground, query) {
+        Some((service, _, ports)) => {
+            format!("{to} is the ClusterIP of {service}, which has no port {wanted} (it has {ports})")
+        }
+        None => format!("{to} is the ClusterIP of a Service that has no port {wanted}"),
     }
 }
 

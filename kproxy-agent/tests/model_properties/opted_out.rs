@@ -6,7 +6,8 @@ use kproxy::maps::memory::Memory;
 use kproxy::model::NodeConfig;
 use kproxy::plan::{Tables, View};
 use kproxy_common::{
-    Address, Client, ClientKind, Config, Connection, Reason, SocketRecords, SocketVerdict, socket_connection,
+    Address, Client, ClientKind, Config, Connection, Reason, SocketCall, SocketRecords, SocketVerdict,
+    socket_connection,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -36,8 +37,8 @@ fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
         for (question, _, pick) in questions {
             let Some(connection) = connection(question) else { continue };
             let mut records = SocketRecords::new();
-            let before = socket_connection(&all, &connection, None, || *pick);
-            let now = socket_connection(&host, &connection, Some(&mut records), || *pick);
+            let before = socket_connection(&all, &connection, SocketCall::Send(None), || *pick);
+            let now = socket_connection(&host, &connection, SocketCall::Send(Some(&mut records)), || *pick);
             let expected = match before {
                 _ if connection.client.kind == ClientKind::Host => before,
                 // Nobody translates it, and it is counted where it was.
@@ -50,7 +51,8 @@ fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
             // What a socket began before goes on.
             if let SocketVerdict::Translate { record, .. } = before {
                 records.insert(record);
-                let now = socket_connection(&host, &connection, Some(&mut records), || *pick);
+                let now =
+                    socket_connection(&host, &connection, SocketCall::Send(Some(&mut records)), || *pick);
                 prop_assert_eq!(now, SocketVerdict::Translate { record, fresh: false }, "{:?}", question);
             }
         }
@@ -59,7 +61,7 @@ fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
 }
 
 /// As a socket hook asks; nobody outside has a socket here.
-fn connection(question: &Question) -> Option<Connection> {
+pub fn connection(question: &Question) -> Option<Connection> {
     let Question { behind, client: _, destination, port, protocol } = *question;
     if behind == ClientKind::Outside {
         return None;

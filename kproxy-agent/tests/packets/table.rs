@@ -156,11 +156,11 @@ const TABLE: &[Row] = &[
     row(Client(1), Elsewhere, Pass(Reason::NotAService)),
 ];
 
-/// What the host sends that no socket hook has translated, as it leaves.
+/// What the host sends that no socket hook has translated, as it leaves. Of SCTP nothing is refused there.
 const FROM_THE_HOST: &[(Frontend, Expect)] = &[
     (ClusterIp(1), Drop(Reason::Unserved)),
     (ClusterIp(4), Drop(Reason::Unserved)),
-    (UndefinedPort(1), Drop(Reason::Unserved)),
+    (UndefinedPort(1), Refuse(Reason::UndefinedPort)),
     (Unallocated, Drop(Reason::UnallocatedAddress)),
     (ClusterIp(8), Drop(Reason::NoLocalEndpoints)),
     (LoadBalancer(1), Pass(Reason::Unserved)),
@@ -229,13 +229,15 @@ fn what_the_host_sends_untranslated_does_not_leave() {
                     // TCP that opens nothing is not looked up: what it belongs to was opened before.
                     let expect = match (protocol, flags) {
                         (Protocol::Tcp | Protocol::Sctp, ACK) => Pass(Reason::NoFlow),
+                        (Protocol::Sctp, _) if matches!(expect, Refuse(_)) => Drop(Reason::Unserved),
                         _ => *expect,
                     };
                     let about = format!("{asks:?}: {family:?} {link:?} {protocol:?} {flags}");
                     match expect {
                         Drop(reason) => assert_eq!(verdict, PacketVerdict::Drop { reason }, "{about}"),
                         Pass(reason) => assert_eq!(verdict, PacketVerdict::Pass { reason }, "{about}"),
-                        Refuse(_) | To(_) | Masked(_) | Hidden(_) => {
+                        Refuse(reason) => assert_eq!(verdict, PacketVerdict::Refuse { reason }, "{about}"),
+                        To(_) | Masked(_) | Hidden(_) => {
                             panic!("the host's packets are never translated")
                         }
                     }

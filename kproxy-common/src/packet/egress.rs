@@ -1,7 +1,9 @@
 //! Packets that go out: a backend's answers to clients, clients to be masked, and what this host sends.
 
-use super::{Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, life, mask};
-use crate::{ClientKind, Hook, Reason, Resolution, Role, Tables, resolve};
+use super::{
+    Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, ingress::objection, life, mask,
+};
+use crate::{ClientKind, Hook, Protocol, Reason, Resolution, Role, Tables, resolve};
 
 /// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
 /// answer of a backend, perhaps something of this host that should have been translated before it got here.
@@ -67,7 +69,14 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
 pub fn new_egress<T: Tables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
     let decision = match resolve(tables, &packet.connection(ClientKind::Host)) {
         Resolution::Drop { reason, .. } => Decision::drop(reason),
-        Resolution::Reject { reason: Reason::UndefinedPort, .. } => Decision::drop(Reason::Unserved),
+        // What its sockets may connect to is answered when it sends; those of SCTP no socket hook has seen at all.
+        Resolution::Reject { reason: Reason::UndefinedPort, .. } => {
+            match (packet.protocol, objection(packet)) {
+                (Protocol::Sctp, _) => Decision::drop(Reason::Unserved),
+                (_, Reason::Forwarded) => Decision::refuse(Reason::UndefinedPort),
+                (_, reason) => Decision::drop(reason),
+            }
+        }
         Resolution::Balance(_) | Resolution::Reject { .. }
             if in_service_cidr(tables, &packet.destination) =>
         {

@@ -137,7 +137,7 @@ fn open<T: FlowTables>(
 /// Why nothing is opened by this packet, and nobody told so, whatever the Service says; [`Reason::Forwarded`] if there
 /// is no reason.
 #[inline(always)]
-fn objection(packet: &PacketMeta) -> Reason {
+pub(super) fn objection(packet: &PacketMeta) -> Reason {
     if packet.is_later_fragment {
         // Its first was not translated either: refused, dropped, or its flow is gone since.
         return Reason::EarlyFragment;

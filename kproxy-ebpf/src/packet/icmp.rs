@@ -1,7 +1,7 @@
 //! ICMP and ICMPv6: what a message quotes is rewritten as the packet was, the other way round.
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, BPF_F_PSEUDO_HDR},
+    bindings::BPF_F_PSEUDO_HDR,
     helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace},
     programs::TcContext,
 };
@@ -143,17 +143,13 @@ pub fn apply(ctx: &TcContext, parsed: &Parsed, message: &Message, hook: Hook, ve
     match verdict {
         IcmpVerdict::Pass { reason } => next(reason),
         IcmpVerdict::Drop { reason } => drop(ctx, message, reason),
-        IcmpVerdict::Answer => {
-            // What this host sends is answered to this host.
-            let flags = if matches!(hook, Hook::Ingress) { 0 } else { BPF_F_INGRESS.into() };
-            match answer(ctx, parsed).and_then(|()| send_back(ctx, parsed.network, flags)) {
-                Ok(action) => {
-                    count_reason(Reason::EchoAnswered);
-                    action
-                }
-                Err(RewriteFailed) => drop(ctx, message, Reason::RewriteFailed),
+        IcmpVerdict::Answer => match answer(ctx, parsed).and_then(|()| send_back(ctx, parsed)) {
+            Ok(action) => {
+                count_reason(Reason::EchoAnswered);
+                action
             }
-        }
+            Err(RewriteFailed) => drop(ctx, message, Reason::RewriteFailed),
+        },
         IcmpVerdict::Translate { address, port, client_port, outer } => {
             match translate(ctx, parsed, message, hook, &address, port, client_port, outer) {
                 Ok(()) => next(Reason::IcmpTranslated),

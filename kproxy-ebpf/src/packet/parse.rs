@@ -21,7 +21,7 @@ pub struct Parsed {
     pub network: u32,
     /// Where the transport header begins.
     pub transport: u32,
-    /// Who lives behind the interface.
+    /// Who lives behind the interface; at egress, this host.
     pub client: ClientKind,
     /// Why it is refused, for the part that does so.
     pub reason: Reason,

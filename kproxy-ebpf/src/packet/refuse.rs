@@ -1,19 +1,19 @@
 //! Refusals: what a machine would answer on whose port nobody listens. Sent back out of the interface that the packet came
-//! in by, in the memory of that packet.
+//! in by, or in by the one that it was to leave by, in the memory of that packet.
 //!
-//! A packet of a pod can be one whose checksum the device is still to fill in (CHECKSUM_PARTIAL). That stays so whatever is
+//! A packet of a pod or of this host can be one whose checksum the device is still to fill in (CHECKSUM_PARTIAL). That stays so whatever is
 //! written into it, and no helper tells it; but no helper either lets a packet become shorter than what the device is to fill
 //! in. So it is found out by trying, and the answer is made such that it is right after that was done.
 
 use aya_ebpf::{
-    bindings::{BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    bindings::{BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
         bpf_csum_diff, bpf_ktime_get_ns, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
         bpf_skb_load_bytes,
     },
     programs::TcContext,
 };
-use kproxy_common::{Address, Protocol, Reason};
+use kproxy_common::{Address, ClientKind, Protocol, Reason};
 
 use super::{
     access::{RewriteFailed, read, store, succeeded},
@@ -91,7 +91,7 @@ pub fn refuse(ctx: &TcContext, parsed: &Parsed) -> i32 {
         Protocol::Tcp => reset(ctx, parsed, answer),
         Protocol::Udp | Protocol::Sctp => unreachable(ctx, parsed, answer, reason),
     };
-    match answered.and_then(|()| Ok(send_back(ctx, parsed.network, 0)?)) {
+    match answered.and_then(|()| Ok(send_back(ctx, parsed)?)) {
         Ok(action) => {
             count_reason(reason);
             drops::packet(&parsed.meta, device(ctx), reason as u32, 1);
@@ -102,13 +102,15 @@ pub fn refuse(ctx: &TcContext, parsed: &Parsed) -> i32 {
     }
 }
 
-/// Sends the packet back where it came from: its Ethernet addresses change places. `flags` are those of `bpf_redirect`.
+/// Sends the packet back where it came from: its Ethernet addresses change places. What this host has sent comes in by
+/// the interface that it was to leave by, as an answer would.
 #[inline(always)]
-pub fn send_back(ctx: &TcContext, network: u32, flags: u64) -> Result<i32, RewriteFailed> {
-    if network != 0 {
+pub fn send_back(ctx: &TcContext, parsed: &Parsed) -> Result<i32, RewriteFailed> {
+    if parsed.network != 0 {
         let [a, b, c, d, e, f] = read::<[u16; 6]>(ctx, 0).ok_or(RewriteFailed)?;
         store(ctx, 0, &[d, e, f, a, b, c], 0)?;
     }
+    let flags = if matches!(parsed.client, ClientKind::Host) { BPF_F_INGRESS.into() } else { 0 };
     // SAFETY: the helper has no conditions.
     unsafe { bpf_redirect(device(ctx), flags) };
     Ok(TC_ACT_REDIRECT)
