@@ -124,12 +124,26 @@ fn outside_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
         refusing.push(SocketAddr::new(service, 9_999));
     }
     refusing.extend(lab.elb()?.vips().iter().map(|vip| SocketAddr::new(*vip, 82)));
-    for to in refusing {
+    for to in &refusing {
         for transport in Transport::REFUSABLE {
             steps.step(&format!("no endpoint anywhere, or no such port: {to}, {transport:?}"), || {
-                client.is_refused_by_packet(transport, to)
+                client.is_refused_by_packet(transport, *to)
             });
         }
+    }
+    let seldom = Client::at(lab.host("client")?)?;
+    seldom.worker.use_seldom_headers()?;
+    for to in &refusing {
+        for transport in Transport::REFUSABLE {
+            steps.step(&format!("the same to options or extension headers: {to}, {transport:?}"), || {
+                seldom.is_refused_by_packet(transport, *to)
+            });
+        }
+    }
+    for (_, to, backends) in &asked {
+        steps.step(&format!("options or extension headers are translated: {to}"), || {
+            Transport::ALL.iter().try_for_each(|transport| seldom.reaches(*transport, *to, backends))
+        });
     }
     steps.step("pass-through without endpoints is not refused here", || {
         let beyond = lab.elb()?.echo(83)?;

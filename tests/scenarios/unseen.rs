@@ -61,6 +61,8 @@ fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
     let pod = lab.pod("a1")?.unseen();
     let mut client = Client::at(&pod)?;
     let host = Client::at(&node.unseen())?;
+    let seldom = [Client::at(&pod)?, Client::at(&node.unseen())?];
+    seldom.iter().try_for_each(|client| client.worker.use_seldom_headers())?;
     let node_addresses: BTreeSet<IpAddr> = node_addresses(node)?;
     let mut steps = Steps::new();
 
@@ -133,6 +135,14 @@ fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
                     host.gets_silence(transport, at(&empty))
                 },
             );
+        }
+        for (client, transport) in
+            seldom.iter().flat_map(|client| Transport::REFUSABLE.map(|way| (client, way)))
+        {
+            let what = format!("{}, an undefined port, with options or extension headers", client.name);
+            steps.step(&format!("{what}, {family:?}, {transport:?}"), || {
+                client.is_refused_by_packet(transport, SocketAddr::new(near.cluster_ip(family), 9_999))
+            });
         }
         steps.step(&format!("echo, {family:?}"), || ping(&pod, near.cluster_ip(family)));
         steps.step(&format!("echo from the host, {family:?}"), || ping(node, near.cluster_ip(family)));

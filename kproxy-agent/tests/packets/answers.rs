@@ -11,16 +11,19 @@ use crate::frame::{Frame, Link};
 /// Whether `answer` refuses `packet` as it should: it goes back to who sent that, is sound, and says what was refused.
 pub fn check_refusal(link: Link, packet: &[u8], answer: &[u8]) -> Result<(), String> {
     let network = link.header_length();
-    let (_, protocol) = ip(&packet[network..]).map(|(headers, payload)| (headers, payload.0))?;
-    if link == Link::Ip && protocol != IpNumber::TCP {
+    let (asked, asked_payload) = ip(&packet[network..])?;
+    let is_plain = match &asked {
+        IpHeaders::Ipv4(header, extensions) => header.options.is_empty() && extensions.is_empty(),
+        IpHeaders::Ipv6(_, extensions) => extensions.is_empty(),
+    };
+    if link == Link::Ip && (asked_payload.0 != IpNumber::TCP || !is_plain) {
         // Test runs give every packet the offsets of one with an Ethernet header, where room for an answer's headers is
-        // then made.
+        // then made, or taken.
         return Ok(());
     }
     if link == Link::Ethernet && (answer[..6] != packet[6..12] || answer[6..12] != packet[..6]) {
         return Err("does not go back by its Ethernet header".to_owned());
     }
-    let (asked, asked_payload) = ip(&packet[network..])?;
     let (ip_header, payload) = ip(&answer[network..])?;
     if addresses(&ip_header) != swap(addresses(&asked)) {
         return Err(format!("goes from and to {:?}", addresses(&ip_header)));
@@ -47,6 +50,9 @@ fn check_reset(link: Link, asked: &[u8], answer: &[u8]) -> Result<(), String> {
     let acknowledges = header.sequence_number.wrapping_add(u32::from(header.syn) + data.len() as u32);
     let ports = (reset.source_port, reset.destination_port) == (header.destination_port, header.source_port);
     let flags = reset.rst && reset.ack && !reset.syn && !reset.fin;
+    if !frame.has_no_extensions() {
+        return Err("has options that nobody asked for".to_owned());
+    }
     if !ports || !flags || reset.sequence_number != 0 || reset.acknowledgment_number != acknowledges {
         return Err(format!("is not the reset of {header:?}: {reset:?}"));
     }

@@ -2,16 +2,14 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Mutex};
 
-use etherparse::{
-    IpFragOffset, IpHeaders, IpNumber, Ipv6Extensions, Ipv6FragmentHeader, Ipv6RawExtHeader,
-    Ipv6RoutingExtensions, TcpOptionElement,
-};
+use etherparse::TcpOptionElement;
 use kproxy_common::{PacketVerdict, Protocol};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
     frame::{ACK, Frame, Link, PSH, SYN, Transport},
     hostile::Dice,
+    seldom,
     world::{At, Device, ROOM, World, in_world, is_long_enough},
 };
 
@@ -155,16 +153,11 @@ fn a_datagram_without_a_checksum_stays_without() {
 }
 
 #[test]
-fn options_are_skipped_and_kept() {
+fn options_and_extension_headers_are_skipped_and_kept() {
     with_flow(|world, flow| {
-        for words in 0..=10 {
+        for number in 0..seldom::COUNT {
             flow.everywhere(world, |from, to| {
-                let mut packet = flow.packet(from, to).with_payload(b"after the options");
-                if let IpHeaders::Ipv4(header, _) = &mut packet.ip {
-                    // No-operation, many times, as a router might leave it.
-                    header.options = [1; 40][..words * 4].try_into().expect("at most forty octets");
-                }
-                packet
+                seldom::headers(flow.packet(from, to).with_payload(b"behind all headers"), number)
             });
         }
         if flow.protocol == Protocol::Tcp {
@@ -186,46 +179,6 @@ fn options_are_skipped_and_kept() {
                     packet
                 });
             }
-        }
-    });
-}
-
-#[test]
-fn extension_headers_are_skipped_and_kept() {
-    let raw = |next, length: usize| {
-        Ipv6RawExtHeader::new_raw(next, &vec![0; length]).expect("it has a length that such headers have")
-    };
-    let options = |length| Some(raw(IpNumber(0), length));
-    let routing = |length| {
-        Some(Ipv6RoutingExtensions { routing: raw(IpNumber(0), length), final_destination_options: None })
-    };
-    // A whole datagram that a translator in between has put into a fragment of its own.
-    let atomic = Some(Ipv6FragmentHeader::new(IpNumber(0), IpFragOffset::ZERO, false, 7));
-    let chains = [
-        Ipv6Extensions { hop_by_hop_options: options(6), ..Ipv6Extensions::default() },
-        Ipv6Extensions { destination_options: options(22), ..Ipv6Extensions::default() },
-        Ipv6Extensions { fragment: atomic.clone(), ..Ipv6Extensions::default() },
-        Ipv6Extensions {
-            hop_by_hop_options: options(14),
-            destination_options: options(6),
-            routing: routing(22),
-            fragment: atomic,
-            ..Ipv6Extensions::default()
-        },
-    ];
-    with_flow(|world, flow| {
-        if flow.client.is_ipv4() {
-            return;
-        }
-        for chain in &chains {
-            flow.everywhere(world, |from, to| {
-                let mut packet = flow.packet(from, to).with_payload(b"behind all headers");
-                if let IpHeaders::Ipv6(header, extensions) = &mut packet.ip {
-                    *extensions = chain.clone();
-                    header.next_header = extensions.set_next_headers(header.next_header);
-                }
-                packet
-            });
         }
     });
 }

@@ -15,6 +15,8 @@ mod longrun;
 mod masks;
 mod nat;
 mod property;
+mod refusals;
+mod seldom;
 mod table;
 mod verifier;
 mod world;

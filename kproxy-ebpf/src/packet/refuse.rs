@@ -6,7 +6,10 @@
 //! in. So it is found out by trying, and the answer is made such that it is right after that was done.
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    bindings::{
+        BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT,
+        bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
+    },
     helpers::{
         bpf_csum_diff, bpf_ktime_get_ns, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
         bpf_skb_load_bytes,
@@ -116,18 +119,18 @@ pub fn send_back(ctx: &TcContext, parsed: &Parsed) -> Result<i32, RewriteFailed>
     Ok(TC_ACT_REDIRECT)
 }
 
-/// A TCP reset: to a packet without ACK, from sequence number 0, and acknowledging all of it (RFC 9293, 3.10.7.1).
+/// A TCP reset: to a packet without ACK, from sequence number 0, and acknowledging all of it (RFC 9293, 3.10.7.1). It has
+/// no options and no extension headers, whatever the packet has.
 #[inline(always)]
 fn reset(ctx: &TcContext, parsed: &Parsed, answer: &mut Answer) -> Result<(), Silent> {
     let Parsed { meta, network, transport, .. } = parsed;
     let is_v4 = parsed.is_v4();
     let header = if is_v4 { IPV4_HEADER } else { IPV6_HEADER };
-    // Options and extension headers would have to be answered in kind.
-    if *transport != network + header {
-        return Err(Silent::Because(Reason::Unparsed));
-    }
+    let seldom = transport.wrapping_sub(*network).wrapping_sub(header);
     let tcp: [u32; 4] = read(ctx, *transport).ok_or(Silent::Because(Reason::Malformed))?;
-    let segment = segment_length(ctx, *network, is_v4).ok_or(Silent::Because(Reason::Malformed))?;
+    let segment = payload_length(ctx, *network, is_v4)
+        .and_then(|length| length.checked_sub(seldom))
+        .ok_or(Silent::Because(Reason::Malformed))?;
     let tcp_header = u32::from_be(tcp[3]) >> 28 << 2;
     if segment < tcp_header {
         return Err(Silent::Because(Reason::Malformed));
@@ -140,6 +143,14 @@ fn reset(ctx: &TcContext, parsed: &Parsed, answer: &mut Answer) -> Result<(), Si
     let whole = fold(sum(&answer.transport, pseudo));
     answer.write_network(is_v4, &meta.destination, &meta.source, 20, 6);
 
+    if seldom != 0 {
+        // What a device is to sum up begins at the TCP header still, wherever that moves to.
+        // SAFETY: the helper checks what it is given.
+        succeeded(unsafe {
+            bpf_skb_adjust_room(ctx.skb.skb, (seldom as i32).wrapping_neg(), BPF_ADJ_ROOM_NET, 0)
+        })?;
+    }
+    let transport = &(network + header);
     let end = transport + 20;
     let is_partial = is_partial(ctx, end - 3);
     change_tail(ctx, end)?;
@@ -262,9 +273,9 @@ impl Answer {
     }
 }
 
-/// How many octets stand behind the IP header.
+/// How many octets stand behind the IP header, options and extension headers included.
 #[inline(always)]
-fn segment_length(ctx: &TcContext, network: u32, is_v4: bool) -> Option<u32> {
+fn payload_length(ctx: &TcContext, network: u32, is_v4: bool) -> Option<u32> {
     if is_v4 {
         let header: [u16; 2] = read(ctx, network)?;
         return u32::from(u16::from_be(header[1])).checked_sub(IPV4_HEADER);

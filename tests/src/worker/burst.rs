@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::protocol::{Answer, BurstReport, BurstSpec};
-use super::sockets::{Failed, tcp_connect, tcp_exchange};
+use super::sockets::{Failed, Headers, tcp_connect, tcp_exchange};
 
 /// A burst that runs.
 pub struct Burst {
@@ -108,7 +108,7 @@ impl Shared {
 fn once(spec: &BurstSpec) -> Result<Option<String>, String> {
     let text = |failed: Failed| format!("{} {:?}", failed.call, failed.errno);
     let timeout = Duration::from_millis(spec.timeout_ms);
-    let stream = tcp_connect(spec.to, None, timeout).map_err(text)?;
+    let stream = tcp_connect(spec.to, None, Headers::Usual, timeout).map_err(text)?;
     if spec.connect_only {
         return Ok(None);
     }

@@ -97,6 +97,14 @@ impl Worker {
         &self.process
     }
 
+    /// All sockets that are made from now on send IPv4 options, or IPv6 extension headers.
+    ///
+    /// # Errors
+    /// When the worker is gone.
+    pub fn use_seldom_headers(&self) -> WorkerResult<()> {
+        self.call(&Request::UseSeldomHeaders)
+    }
+
     /// Makes a TCP connection, which stays open; 3 s at most.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ pub type Id = u64;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
+    UseSeldomHeaders,
     TcpConnect {
         to: SocketAddr,
         bind: Option<SocketAddr>,

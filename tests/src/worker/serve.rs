@@ -13,7 +13,7 @@ use super::burst::Burst;
 use super::echo;
 use super::protocol::{Datagram, Id, Reply, Request, Socket};
 use super::sockets::{
-    Failed, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect, udp_socket,
+    Failed, Headers, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect, udp_socket,
 };
 use super::transfer::Transfer;
 
@@ -46,6 +46,7 @@ struct Table {
     next: Id,
     tcp: BTreeMap<Id, BufReader<TcpStream>>,
     udp: BTreeMap<Id, UdpSocket>,
+    headers: Headers,
 }
 
 enum Trouble {
@@ -75,8 +76,12 @@ fn perform(
     request: Request,
 ) -> Result<Value, Trouble> {
     match request {
+        Request::UseSeldomHeaders => {
+            sockets.headers = Headers::Seldom;
+            Ok(Value::Null)
+        }
         Request::TcpConnect { to, bind, timeout_ms } => {
-            let stream = tcp_connect(to, bind, Duration::from_millis(timeout_ms))?;
+            let stream = tcp_connect(to, bind, sockets.headers, Duration::from_millis(timeout_ms))?;
             let id = sockets.number();
             sockets.tcp.insert(id, BufReader::new(stream));
             sockets.names(id)
@@ -97,7 +102,7 @@ fn perform(
             Ok(Value::Null)
         }
         Request::UdpSocket { family, bind } => {
-            let socket = udp_socket(family, bind)?;
+            let socket = udp_socket(family, bind, sockets.headers)?;
             let id = sockets.number();
             sockets.udp.insert(id, socket);
             sockets.names(id)

@@ -43,9 +43,25 @@ impl<T> Named<T> for nix::Result<T> {
     }
 }
 
+/// What stands between the IP header and the transport header of what a socket sends.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Headers {
+    /// Nothing.
+    #[default]
+    Usual,
+    /// IPv4 options, or IPv6 extension headers.
+    Seldom,
+}
+
 /// Connects within a time, from an address if one is given.
-pub fn tcp_connect(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> Result<TcpStream, Failed> {
+pub fn tcp_connect(
+    to: SocketAddr,
+    from: Option<SocketAddr>,
+    headers: Headers,
+    timeout: Duration,
+) -> Result<TcpStream, Failed> {
     let fd = new_socket(to.is_ipv4(), SockType::Stream)?;
+    headers.give(&fd, to.is_ipv4())?;
     if let Some(from) = from {
         setsockopt(&fd, sockopt::ReuseAddr, &true).named("setsockopt")?;
         bind(fd.as_raw_fd(), &SockaddrStorage::from(from)).named("bind")?;
@@ -116,8 +132,10 @@ pub fn http_get(stream: &mut BufReader<TcpStream>, host: &str, timeout: Duration
 }
 
 /// A UDP socket. An IPv6 one is not limited to IPv6, as is the kernel's default.
-pub fn udp_socket(family: WireFamily, at: Option<SocketAddr>) -> Result<UdpSocket, Failed> {
-    let fd = new_socket(matches!(family, WireFamily::V4), SockType::Datagram)?;
+pub fn udp_socket(family: WireFamily, at: Option<SocketAddr>, headers: Headers) -> Result<UdpSocket, Failed> {
+    let v4 = matches!(family, WireFamily::V4);
+    let fd = new_socket(v4, SockType::Datagram)?;
+    headers.give(&fd, v4)?;
     if let Some(at) = at {
         bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).named("bind")?;
     }
@@ -259,6 +277,31 @@ fn receive_line(stream: &mut BufReader<TcpStream>) -> Result<String, Failed> {
 fn new_socket(v4: bool, kind: SockType) -> Result<OwnedFd, Failed> {
     let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
     socket(family, kind, SockFlag::SOCK_CLOEXEC, None).named("socket")
+}
+
+impl Headers {
+    fn give(self, socket: &OwnedFd, v4: bool) -> Result<(), Failed> {
+        match (self, v4) {
+            (Self::Usual, _) => Ok(()),
+            (Self::Seldom, true) => set_option(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &ROUTE_RECORD),
+            (Self::Seldom, false) => {
+                set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS, &PADDING)?;
+                set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS, &PADDING)
+            }
+        }
+    }
+}
+
+/// Room for the addresses of three routers (RFC 791, 3.1), and the end of the list.
+const ROUTE_RECORD: [u8; 16] = [7, 15, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// An extension header of 8 octets, all of it padding (RFC 8200, 4.2); its first octet the kernel fills in.
+const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
+
+fn set_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: &[u8]) -> Result<(), Failed> {
+    let length = libc::socklen_t::try_from(value.len()).unwrap_or(0);
+    // SAFETY: the value is as long as the kernel is told.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
+    Errno::result(result).named("setsockopt").map(drop)
 }
 
 fn any(v4: bool, port: u16) -> SocketAddr {
