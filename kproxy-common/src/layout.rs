@@ -38,6 +38,9 @@ pub mod map_names {
     /// LRU hash like `flow`: flows that are being opened or closed, so that a flood of them cannot push out
     /// established ones. Written by the programs.
     pub const FLOW_TRANSIENT: &str = "flow_transient";
+    /// Hash, [`FlowKey`](crate::FlowKey) to u32 (unused): which flows' keys a processor is about to take from a flow that has
+    /// ended. Written by the programs, for less than a microsecond each.
+    pub const CLAIM: &str = "claim";
     /// Socket storage, [`SocketRecords`](crate::SocketRecords): which service addresses this socket spoke to.
     /// Written by the programs; dies with the socket.
     pub const SOCKET: &str = "socket";

@@ -45,20 +45,19 @@ pub trait FlowTables: Tables {
     /// Runs `act` on a new flow, whose contents are not yet of any meaning; what it returns, 0 where there is no room
     /// for one.
     fn with_new(&self, act: impl FnOnce(&mut Conversation) -> u32) -> u32;
-    /// Adds or replaces one entry of an established flow.
-    fn put_flow(&self, whole: &Conversation, role: Role);
-    /// Adds or replaces one entry of a flow that is being opened or closed.
-    fn put_transient(&self, whole: &Conversation, role: Role);
-    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did. A flow that
-    /// has ended keeps its entries for late packets only, not against another flow: else a mask's ports would be used
-    /// up by connections that are long closed.
+    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did: of several
+    /// that ask at the same time, one gets it. A flow that has ended keeps its entries for late packets only, not
+    /// against another flow: else a mask's ports would be used up by connections that are long closed.
     fn put_new(&self, whole: &Conversation, role: Role) -> bool;
+    /// Adds or replaces one entry of a flow that is being opened.
+    fn put_transient(&self, whole: &Conversation, role: Role);
+    /// Moves one entry to the established flows. Packets find it on its way.
+    fn put_established(&self, whole: &Conversation, role: Role);
+    /// Moves one entry of an established flow that has ended to those that are being opened or closed. Packets find it on
+    /// its way.
+    fn put_ended(&self, whole: &Conversation, role: Role);
     /// What stands, in either table, under the key of one entry of a flow.
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
-    /// Removes one entry of an established flow.
-    fn remove_flow(&self, whole: &Conversation, role: Role);
-    /// Removes one entry of a flow that is being opened or closed.
-    fn remove_transient(&self, whole: &Conversation, role: Role);
     /// How far the other direction of an established flow has come: of this role's entry.
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState>;
     /// Notes, in place, when an established flow was last used and how far it has come.

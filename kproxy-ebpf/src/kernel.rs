@@ -6,15 +6,17 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
 };
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation, Flow,
-    FlowKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Protocol,
-    Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
+    FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Protocol, Role,
+    ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
-use crate::maps;
+use crate::{
+    keys::{self, Entry},
+    maps,
+};
 
 const ANY: u64 = 0;
-const NOEXIST: u64 = 1;
 
 /// In which network namespace sockets are looked up: that of the packet's device.
 const THIS_NAMESPACE: u64 = u64::MAX;
@@ -175,11 +177,8 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn put_flow(&self, whole: &Conversation, role: Role) {
-        if let Some(Entry { key, flow }) = Entry::of(whole, role) {
-            // An LRU map makes room; if it cannot, the flow stays transient and is moved by its next answer.
-            let _ = maps::FLOW.insert(&*key, &*flow, ANY);
-        }
+    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
+        keys::take(whole, role)
     }
 
     #[inline(always)]
@@ -191,21 +190,13 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
-        let Some(Entry { key, flow }) = Entry::of(whole, role) else {
-            return false;
-        };
-        // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
-        if unsafe { maps::FLOW.get(&*key) }.is_some() {
-            return false;
-        }
-        // SAFETY: one octet, read at once.
-        let ended = unsafe { maps::FLOW_TRANSIENT.get(&*key) };
-        if ended.is_some_and(|flow| matches!(flow.state, FlowState::Closed)) {
-            // Gone already is as good: the insertion decides.
-            let _ = maps::FLOW_TRANSIENT.remove(&*key);
-        }
-        maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok()
+    fn put_established(&self, whole: &Conversation, role: Role) {
+        keys::establish(whole, role);
+    }
+
+    #[inline(always)]
+    fn put_ended(&self, whole: &Conversation, role: Role) {
+        keys::end(whole, role);
     }
 
     #[inline(always)]
@@ -215,21 +206,6 @@ impl FlowTables for Kernel {
         let found = unsafe { maps::FLOW.get(&*key) };
         // SAFETY: as for `flow`.
         found.or_else(|| unsafe { maps::FLOW_TRANSIENT.get(&*key) }).map(Hit::from)
-    }
-
-    #[inline(always)]
-    fn remove_flow(&self, whole: &Conversation, role: Role) {
-        if let Some(Entry { key, .. }) = Entry::of(whole, role) {
-            // Gone already is as good.
-            let _ = maps::FLOW.remove(&*key);
-        }
-    }
-
-    #[inline(always)]
-    fn remove_transient(&self, whole: &Conversation, role: Role) {
-        if let Some(Entry { key, .. }) = Entry::of(whole, role) {
-            let _ = maps::FLOW_TRANSIENT.remove(&*key);
-        }
     }
 
     #[inline(always)]
@@ -332,23 +308,6 @@ impl Scratch {
         let scratch = Self::get()?;
         packet.write_key(hook, &mut scratch.key);
         Some(scratch)
-    }
-}
-
-/// One entry of a flow, in a place of its own beside the whole.
-struct Entry {
-    key: &'static mut FlowKey,
-    flow: &'static mut Flow,
-}
-
-impl Entry {
-    #[inline(always)]
-    fn of(whole: &Conversation, role: Role) -> Option<Self> {
-        let place = maps::ENTRY.get_ptr_mut(0)?.cast::<maps::FlowEntry>();
-        // SAFETY: as in `Scratch::get`; each use is over before the next begins.
-        let (key, flow) = unsafe { (&mut (*place).key, &mut (*place).flow) };
-        whole.write_entry(role, key, flow);
-        Some(Self { key, flow })
     }
 }
 

@@ -12,6 +12,7 @@ mod count;
 mod drops;
 mod iterate;
 mod kernel;
+mod keys;
 mod maps;
 mod mark;
 mod packet;

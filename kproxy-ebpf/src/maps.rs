@@ -79,6 +79,9 @@ pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, FLOWS> = LruHashMap:
 pub static FLOW: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
 #[btf_map(name = "flow_transient")]
 pub static FLOW_TRANSIENT: LruHashMap<FlowKey, Flow, FLOWS> = LruHashMap::new();
+// More than there are processors: each claims one at a time.
+#[btf_map(name = "claim")]
+pub static CLAIM: HashMap<FlowKey, u32, 1_024> = HashMap::new();
 #[btf_map(name = "fragment")]
 pub static FRAGMENT: LruHashMap<FragmentKey, FragmentPorts, 16_384> = LruHashMap::new();
 #[btf_map(name = "socket")]

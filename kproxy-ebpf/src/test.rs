@@ -10,18 +10,23 @@
 
 #[expect(dead_code, reason = "of packets these here decide nothing")]
 mod kernel;
+mod keys;
 #[expect(dead_code, reason = "the maps are those of the programs, of which these here use some")]
 mod maps;
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_UNSPEC},
     btf_maps::{Array, PerCpuArray},
-    helpers::bpf_get_prandom_u32,
+    helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id},
     macros::{btf_map, classifier},
     programs::TcContext,
 };
 use kernel::KERNEL;
-use kproxy_common::{Address, Choice, Client, ClientKind, Connection, Protocol, Resolution, choose, resolve};
+use keys::Entry;
+use kproxy_common::{
+    Address, Choice, Client, ClientKind, Connection, Conversation, FlowState, FlowTables as _, Protocol,
+    Resolution, Role, choose, resolve,
+};
 
 /// A connection to decide about. 64 octets, as the test writes them.
 #[repr(C)]
@@ -60,6 +65,18 @@ static ANSWER: Array<Answer, 1> = Array::new();
 /// backends of another Service, torn backends, empty answers.
 #[btf_map(name = "seen")]
 static SEEN: PerCpuArray<u64, 5> = PerCpuArray::new();
+
+/// How many flows hold each of the ports that [`hold_stress`] asks for, as their processors say.
+#[btf_map(name = "holders")]
+static HOLDERS: Array<u64, PORTS> = Array::new();
+
+/// What [`hold_stress`] saw, in this order: ports that were given out, asked for in vain, held by two flows at a time,
+/// and held by one whose entry was not there or another's.
+#[btf_map(name = "holds")]
+static HOLDS: PerCpuArray<u64, 4> = PerCpuArray::new();
+
+/// As few as there can be, for every processor to want the same.
+const PORTS: usize = 2;
 
 /// Answers the question.
 #[classifier]
@@ -107,6 +124,74 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
         unsafe { *count += 1 };
     }
     TC_ACT_OK
+}
+
+/// A flow asks for one of two ports of a mask towards one backend; if it gets it, it is established, ends, and leaves
+/// its entry behind; or it is never answered, and swept. All on one processor, while others do the same.
+#[classifier]
+pub fn hold_stress(_ctx: TcContext) -> i32 {
+    // SAFETY: the helpers have no conditions.
+    let (dice, processor) = unsafe { (bpf_get_prandom_u32(), bpf_get_smp_processor_id()) };
+    let port = dice & (PORTS as u32 - 1);
+    let mut whole = Conversation::EMPTY;
+    whole.client = Address::from_v4_word(1 + processor);
+    whole.backend = Address::from_v4_word(u32::MAX);
+    whole.mask = Address::from_v4_word(u32::MAX - 1);
+    (whole.client_port, whole.inner_port) = (20_000, 20_000);
+    whole.mask_port = 61_000 + port as u16;
+    if !KERNEL.put_new(&whole, Role::Return) {
+        hold(1);
+        return TC_ACT_OK;
+    }
+    hold(0);
+    if holders(port, 1) != 1 {
+        hold(2);
+    }
+    check_held(&whole);
+    if dice & 0x100 == 0 {
+        holders(port, u64::MAX);
+        if let Some(entry) = Entry::of(&whole, Role::Return) {
+            let _ = maps::FLOW_TRANSIENT.remove(&*entry.key);
+        }
+        return TC_ACT_OK;
+    }
+    whole.state = FlowState::Established;
+    KERNEL.put_established(&whole, Role::Return);
+    check_held(&whole);
+    holders(port, u64::MAX);
+    whole.state = FlowState::Closed;
+    KERNEL.put_ended(&whole, Role::Return);
+    TC_ACT_OK
+}
+
+#[inline(always)]
+fn check_held(whole: &Conversation) {
+    if KERNEL.occupant(whole, Role::Return).is_none_or(|entry| entry.address != whole.client) {
+        hold(3);
+    }
+}
+
+#[inline(always)]
+fn hold(what: u32) {
+    if let Some(count) = HOLDS.get_ptr_mut(what) {
+        // SAFETY: the element is this CPU's, and the pointer valid for the program's run.
+        unsafe { *count += 1 };
+    }
+}
+
+/// Adds to the holders of a port; how many there are then.
+#[inline(always)]
+fn holders(port: u32, more: u64) -> u64 {
+    let Some(holders) = HOLDERS.get_ptr_mut(port) else {
+        return 0;
+    };
+    // SAFETY: the pointer is valid for the program's run; all add to it atomically.
+    unsafe {
+        core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(
+            holders, more,
+        );
+        core::ptr::read_volatile(holders)
+    }
 }
 
 /// Nothing: what a test run itself costs.

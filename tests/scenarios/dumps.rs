@@ -30,6 +30,7 @@ const MAPS: &[(&str, &[&str])] = &[
     ("config", &["host_netns_cookie", "service_cidrs", "cluster_cidrs"]),
     ("owner", &["layout_version", "pid", "node", "version"]),
     ("device", &["value"]),
+    ("claim", &["source", "destination", "source_port"]),
     ("fragment", &["source_port", "destination_port", "seen"]),
     ("socket_overflow", &["socket_cookie", "address", "port"]),
     ("drop_event", &[]),
@@ -81,7 +82,8 @@ fn dumps(ctx: &Context) -> Result<()> {
             }
             let text = beginning(node, name)?;
             let may_be_empty =
-                ["affinity", "flow_transient", "socket_overflow", "device", "fragment"].contains(name);
+                ["affinity", "flow_transient", "claim", "socket_overflow", "device", "fragment"]
+                    .contains(name);
             ensure!(may_be_empty || text.contains("\"value\":"), "it is empty: {text}");
             for field in if text.contains("\"value\":") { *fields } else { &[] } {
                 ensure!(text.contains(&format!("\"{field}\":")), "no {field} in: {text}");

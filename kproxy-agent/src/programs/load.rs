@@ -337,6 +337,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::AFFINITY,
         names::FLOW,
         names::FLOW_TRANSIENT,
+        names::CLAIM,
         names::FRAGMENT,
         names::SOCKET,
         names::SOCKET_OVERFLOW,

@@ -173,6 +173,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::SOURCE_RANGE => (size_of::<SourceRangeKey>(), 4),
         names::AFFINITY => (size_of::<AffinityKey>(), size_of::<AffinityValue>()),
         names::FLOW | names::FLOW_TRANSIENT => (size_of::<FlowKey>(), size_of::<Flow>()),
+        names::CLAIM => (size_of::<FlowKey>(), 4),
         names::FRAGMENT => (size_of::<FragmentKey>(), size_of::<FragmentPorts>()),
         names::SOCKET => (4, size_of::<SocketRecords>()),
         names::COUNTER => (4, size_of::<Counters>()),

@@ -182,11 +182,14 @@ fn begin<T: FlowTables>(
         flow.service = backend.service();
         flow.slot = slot;
         flow.last_seen = tables.now();
-        if is_taken(tables, flow) && !mask::choose_inner_port(tables, packet, flow) {
-            return 0;
+        if !tables.put_new(flow, Role::Reply) {
+            if is_own(tables, flow) {
+                tables.put_transient(flow, Role::Reply);
+            } else if !mask::choose_inner_port(tables, packet, flow) {
+                return 0;
+            }
         }
         tables.put_transient(flow, Role::Request);
-        tables.put_transient(flow, Role::Reply);
         if is_masked {
             // Where the packet leaves, and so with which address it is masked, routing decides: the mask's port 0
             // asks for it.
@@ -200,11 +203,12 @@ fn begin<T: FlowTables>(
     inner_port
 }
 
-/// Whether the backend's answers to this client and port belong to another frontend.
+/// Whether the backend's answers to this client and port belong to this frontend already.
 #[inline(always)]
-fn is_taken<T: FlowTables>(tables: &T, flow: &Conversation) -> bool {
+fn is_own<T: FlowTables>(tables: &T, flow: &Conversation) -> bool {
     tables.occupant(flow, Role::Reply).is_some_and(|other| {
+        // What has ended, another may be taking.
         !matches!(other.state, FlowState::Closed)
-            && (other.address != flow.frontend || other.port != flow.frontend_port)
+            && (other.address, other.port) == (flow.frontend, flow.frontend_port)
     })
 }

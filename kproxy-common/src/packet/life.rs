@@ -19,15 +19,11 @@ pub(super) fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
         }
         flow.state = FlowState::Established;
         flow.last_seen = tables.now();
-        let promote = |role| {
-            tables.put_flow(flow, role);
-            tables.remove_transient(flow, role);
-        };
-        promote(Role::Request);
-        promote(Role::Reply);
+        tables.put_established(flow, Role::Request);
+        tables.put_established(flow, Role::Reply);
         if flow.is_masked() {
-            promote(Role::Forwarded);
-            promote(Role::Return);
+            tables.put_established(flow, Role::Forwarded);
+            tables.put_established(flow, Role::Return);
         }
     });
 }
@@ -91,15 +87,11 @@ pub(super) fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook)
     tables.with_flow(packet, hook, |flow| {
         flow.state = FlowState::Closed;
         flow.last_seen = tables.now();
-        let demote = |role| {
-            tables.put_transient(flow, role);
-            tables.remove_flow(flow, role);
-        };
-        demote(Role::Request);
-        demote(Role::Reply);
+        tables.put_ended(flow, Role::Request);
+        tables.put_ended(flow, Role::Reply);
         if flow.is_masked() {
-            demote(Role::Forwarded);
-            demote(Role::Return);
+            tables.put_ended(flow, Role::Forwarded);
+            tables.put_ended(flow, Role::Return);
         }
     });
 }

@@ -154,16 +154,6 @@ impl FlowTables for FlowView<'_> {
         act(&mut { Conversation::EMPTY })
     }
 
-    fn put_flow(&self, whole: &Conversation, role: Role) {
-        let (key, flow) = entry(whole, role);
-        self.flows.flow.borrow_mut().insert(key, flow);
-    }
-
-    fn put_transient(&self, whole: &Conversation, role: Role) {
-        let (key, flow) = entry(whole, role);
-        self.flows.transient.borrow_mut().insert(key, flow);
-    }
-
     fn put_new(&self, whole: &Conversation, role: Role) -> bool {
         let (key, flow) = entry(whole, role);
         let lives = |flow: &Flow| flow.state != FlowState::Closed;
@@ -176,18 +166,32 @@ impl FlowTables for FlowView<'_> {
         true
     }
 
+    fn put_transient(&self, whole: &Conversation, role: Role) {
+        let (key, flow) = entry(whole, role);
+        self.flows.transient.borrow_mut().insert(key, flow);
+    }
+
+    fn put_established(&self, whole: &Conversation, role: Role) {
+        let (key, flow) = entry(whole, role);
+        self.flows.flow.borrow_mut().insert(key, flow);
+        self.flows.transient.borrow_mut().remove(&key);
+    }
+
+    fn put_ended(&self, whole: &Conversation, role: Role) {
+        let (key, flow) = entry(whole, role);
+        let leads = |flow: &Flow| (flow.address, flow.port, flow.client_port);
+        let is_own = |other: &Flow| other.state != FlowState::Closed && leads(other) == leads(&flow);
+        let mut transient = self.flows.transient.borrow_mut();
+        if transient.get(&key).is_none_or(is_own) {
+            transient.insert(key, flow);
+        }
+        self.flows.flow.borrow_mut().remove(&key);
+    }
+
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
         let (key, _) = entry(whole, role);
         let established = self.flows.flow.borrow().get(&key).map(Hit::from);
         established.or_else(|| self.flows.transient.borrow().get(&key).map(Hit::from))
-    }
-
-    fn remove_flow(&self, whole: &Conversation, role: Role) {
-        self.flows.flow.borrow_mut().remove(&entry(whole, role).0);
-    }
-
-    fn remove_transient(&self, whole: &Conversation, role: Role) {
-        self.flows.transient.borrow_mut().remove(&entry(whole, role).0);
     }
 
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {

@@ -1,0 +1,155 @@
+//! Keys of flows, which one flow holds at a time, whichever processors want one at the same instant: else two clients
+//! would be behind one port of a mask, and get each other's answers.
+//!
+//! A flow holds a key from when it adds its entry to `flow_transient` until it ends. Between, the entry moves: to `flow`
+//! when the flow is established, and back when it ends. It is added where it goes before it is removed from where it was,
+//! so that a packet finds it; but who looks into both tables for a key that is free can miss it on its way.
+//!
+//! The functions here are global ones: the verifier checks each once, and not again for every try of every caller.
+
+use kproxy_common::{Conversation, Flow, FlowKey, FlowState, Role};
+
+use crate::maps;
+
+const ANY: u64 = 0;
+const NOEXIST: u64 = 1;
+const EXIST: u64 = 2;
+
+/// One entry of a flow, in a place of its own beside the whole.
+pub struct Entry {
+    pub key: &'static mut FlowKey,
+    pub flow: &'static mut Flow,
+}
+
+impl Entry {
+    #[inline(always)]
+    pub fn of(whole: &Conversation, role: Role) -> Option<Self> {
+        let entry = Self::get()?;
+        whole.write_entry(role, entry.key, entry.flow);
+        Some(entry)
+    }
+
+    /// The one that was written last.
+    #[inline(always)]
+    fn get() -> Option<Self> {
+        let place = maps::ENTRY.get_ptr_mut(0)?.cast::<maps::FlowEntry>();
+        // SAFETY: the element is this CPU's, as long as the structure, and used by one caller at a time: each use is
+        // over before the next begins. Packet programs run with bottom halves disabled, so that none interrupts
+        // another on its CPU.
+        let (key, flow) = unsafe { (&mut (*place).key, &mut (*place).flow) };
+        Some(Self { key, flow })
+    }
+}
+
+/// Adds the entry to `flow_transient`, if no flow holds its key; whether it did.
+#[inline(always)]
+pub fn take(whole: &Conversation, role: Role) -> bool {
+    Entry::of(whole, role).is_some() && take_key() != 0
+}
+
+/// Moves the entry to `flow`.
+#[inline(always)]
+pub fn establish(whole: &Conversation, role: Role) {
+    if Entry::of(whole, role).is_some() {
+        move_to_flow();
+    }
+}
+
+/// Moves the entry of a flow that has ended to `flow_transient`, or only removes it where another flow has its key.
+#[inline(always)]
+pub fn end(whole: &Conversation, role: Role) {
+    if Entry::of(whole, role).is_some() {
+        move_from_flow();
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn take_key() -> u64 {
+    let Some(Entry { key, flow }) = Entry::get() else {
+        return 0;
+    };
+    let standing = transient(key).map(|flow| flow.state);
+    if is_established(key) {
+        return 0;
+    }
+    let is_added = match standing {
+        // Of those that find none, the kernel lets one through.
+        None => maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok(),
+        Some(FlowState::Closed) => replace_ended(key, flow),
+        Some(FlowState::Opening | FlowState::Established | FlowState::Finished) => false,
+    };
+    if !is_added {
+        return 0;
+    }
+    // Whoever held the key when it was looked for in `flow` can have been established since.
+    if is_established(key) {
+        let _ = maps::FLOW_TRANSIENT.remove(&*key);
+        return 0;
+    }
+    1
+}
+
+/// Puts an entry in the place of one that has ended. Of those that have found it ended, one at a time looks once more
+/// and replaces it: who holds the claim. That is an entry of a hash, since whoever inserts it sees all that was done
+/// before it was deleted, on every processor; an atomic add would not promise that.
+#[inline(always)]
+fn replace_ended(key: &FlowKey, flow: &Flow) -> bool {
+    if maps::CLAIM.insert(key, &1, NOEXIST).is_err() {
+        return false;
+    }
+    // Swept just now, it is left to those who find none.
+    let is_replaced = transient(key).is_some_and(|flow| matches!(flow.state, FlowState::Closed))
+        && maps::FLOW_TRANSIENT.insert(key, flow, EXIST).is_ok();
+    let _ = maps::CLAIM.remove(key);
+    is_replaced
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn move_to_flow() -> u64 {
+    let Some(Entry { key, flow }) = Entry::get() else {
+        return 0;
+    };
+    // An LRU map makes room; if it cannot, the flow stays transient and is moved by its next answer.
+    if maps::FLOW.insert(&*key, &*flow, ANY).is_err() {
+        return 0;
+    }
+    let _ = maps::FLOW_TRANSIENT.remove(&*key);
+    1
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn move_from_flow() -> u64 {
+    let Some(Entry { key, flow }) = Entry::get() else {
+        return 0;
+    };
+    if maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_err() {
+        // One of its own from before it was established, where others were evicted and it began anew. What has ended is
+        // there for others to take.
+        let is_own = transient(key).is_some_and(|other| {
+            !matches!(other.state, FlowState::Closed)
+                && (other.address, other.port) == (flow.address, flow.port)
+                && other.client_port == flow.client_port
+        });
+        if is_own {
+            let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, EXIST);
+        }
+    }
+    let _ = maps::FLOW.remove(&*key);
+    1
+}
+
+#[inline(always)]
+fn transient(key: &FlowKey) -> Option<&'static Flow> {
+    // SAFETY: what is read of it is read at once. Should the element be reused just then, for another key, the insertion
+    // that follows fails or finds that key's own entry in its place.
+    unsafe { maps::FLOW_TRANSIENT.get(key) }
+}
+
+#[inline(always)]
+fn is_established(key: &FlowKey) -> bool {
+    // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
+    unsafe { maps::FLOW.get(key) }.is_some()
+}
