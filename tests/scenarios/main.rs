@@ -30,9 +30,11 @@ mod paths;
 mod reach;
 mod restart;
 mod safety;
+mod shapes;
 mod soak;
 mod sockets;
 mod source_ranges;
+mod traceroute;
 mod udp;
 mod unseen;
 mod workers;
@@ -67,6 +69,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, opted_out::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, paths::SCENARIOS),
+    (kproxy, traceroute::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),

@@ -1,5 +1,6 @@
 //! Captures: tcpdump in a member, to a file that can be counted and kept.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -60,6 +61,25 @@ impl Capture {
             return Ok(Vec::new());
         }
         Ok(output.stdout.lines().map(str::to_owned).collect())
+    }
+
+    /// The frames in it by now, as they came: with VLAN tags.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn frames(&self) -> Result<Vec<Vec<u8>>> {
+        let file = fs::read(&self.file)?;
+        // pcap-savefile(5): a header of 24 octets, then for each frame one of 16, whose third word is the length.
+        let mut rest = file.get(24..).unwrap_or_default();
+        let mut frames = Vec::new();
+        while let Some((header, behind)) = rest.split_at_checked(16) {
+            let length = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]) as usize;
+            // One that is being written.
+            let Some((frame, next)) = behind.split_at_checked(length) else { break };
+            frames.push(frame.to_vec());
+            rest = next;
+        }
+        Ok(frames)
     }
 
     /// Waits until at least `wanted` packets are in it.

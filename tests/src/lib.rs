@@ -47,10 +47,13 @@ mod manifests;
 mod member;
 mod netns;
 mod nginx;
+mod offload;
 mod process;
 mod spec;
 mod strays;
+mod tun;
 mod wait;
+mod wire;
 mod wiring;
 pub mod worker;
 
@@ -75,8 +78,10 @@ pub use spec::{
     Cni, EXTERNAL_V4, EXTERNAL_V6, ElbSpec, GATEWAY_V4, GATEWAY_V6, HostSpec, NodeSpec, RpFilter,
     SERVICES_V4, SERVICES_V6, UNDERLAY_V4, UNDERLAY_V6, VIPS_V4, VIPS_V6,
 };
+pub use tun::TunLink;
 pub use wait::{wait_for, wait_until};
+pub use wire::Wire;
 pub use wiring::{POD_BRIDGE, UPLINK, VXLAN, port_name, veth_name};
 pub use worker::{
-    Answer, BurstReport, BurstSpec, Datagram, EchoServer, Socket, Worker, WorkerError, WorkerResult,
+    Answer, BurstReport, BurstSpec, Datagram, EchoServer, Probed, Socket, Worker, WorkerError, WorkerResult,
 };

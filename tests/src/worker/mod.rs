@@ -5,6 +5,7 @@
 
 mod burst;
 mod echo;
+mod probe;
 mod protocol;
 mod serve;
 mod sockets;
@@ -20,7 +21,7 @@ use anyhow::{Context as _, Result, anyhow};
 use nix::errno::Errno;
 use serde::de::DeserializeOwned;
 
-pub use protocol::{Answer, BurstReport, BurstSpec, Datagram, Id, Socket};
+pub use protocol::{Answer, BurstReport, BurstSpec, Datagram, Id, Probed, Socket};
 
 use crate::member::{Family, Member};
 use crate::process::Process;
@@ -253,6 +254,14 @@ impl Worker {
         self.close(socket.id)?;
         let datagram = result?;
         Ok((answer(&datagram.data)?, datagram.from))
+    }
+
+    /// Sends a datagram (to an echo server), or opens a connection, that may go so many hops; 2 s at most.
+    ///
+    /// # Errors
+    /// With the errno of what failed: ETIMEDOUT when nothing comes back.
+    pub fn probe(&self, to: SocketAddr, tcp: bool, hops: u8) -> WorkerResult<Probed> {
+        self.call(&Request::Probe { to, tcp, hops, timeout_ms: 2_000 })
     }
 
     /// What getsockname and getpeername say now.

@@ -1,7 +1,7 @@
 //! What a worker is told and what it answers: one JSON object a line, each way.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,12 @@ pub enum Request {
     },
     UdpReceive {
         id: Id,
+        timeout_ms: u64,
+    },
+    Probe {
+        to: SocketAddr,
+        tcp: bool,
+        hops: u8,
         timeout_ms: u64,
     },
     Names {
@@ -119,6 +125,22 @@ pub struct Datagram {
     pub data: String,
     /// The sender, as `recvfrom` tells.
     pub from: SocketAddr,
+}
+
+/// What comes of a packet that may go a few hops only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Probed {
+    /// The other end answered: with a datagram, or by accepting the connection.
+    Answered,
+    /// An ICMP or ICMPv6 error about it came.
+    Error {
+        /// Who says so.
+        from: IpAddr,
+        /// The message's type.
+        kind: u8,
+        /// Its code.
+        code: u8,
+    },
 }
 
 /// What an echo server answers.

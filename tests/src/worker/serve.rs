@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::burst::Burst;
 use super::echo;
+use super::probe::probe;
 use super::protocol::{Datagram, Id, Reply, Request, Socket};
 use super::sockets::{
     Failed, Headers, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect, udp_socket,
@@ -128,6 +129,9 @@ fn perform(
             let (length, from) = socket.recv_from(&mut buffer).named("recvfrom")?;
             let data = String::from_utf8_lossy(&buffer[..length]).into_owned();
             Ok(json!(Datagram { data, from }))
+        }
+        Request::Probe { to, tcp, hops, timeout_ms } => {
+            Ok(json!(probe(to, tcp, hops, Duration::from_millis(timeout_ms))?))
         }
         Request::Names { id } => sockets.names(id),
         Request::Close { id } => {

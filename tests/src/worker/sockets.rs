@@ -274,7 +274,7 @@ fn receive_line(stream: &mut BufReader<TcpStream>) -> Result<String, Failed> {
     Ok(line)
 }
 
-fn new_socket(v4: bool, kind: SockType) -> Result<OwnedFd, Failed> {
+pub fn new_socket(v4: bool, kind: SockType) -> Result<OwnedFd, Failed> {
     let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
     socket(family, kind, SockFlag::SOCK_CLOEXEC, None).named("socket")
 }

@@ -1,0 +1,73 @@
+//! The ways in which pods are wired, for scenarios that must hold in each; and what programs counted.
+
+use anyhow::{Context as _, Result};
+use kproxy_common::Reason;
+use kproxy_lab::{Cni, Context, ElbSpec, Family, HostSpec, Lab, Node, NodeSpec};
+use serde_json::Value;
+
+use crate::dumps;
+
+/// How pods are wired, and whether frames between two ports of a bridge pass netfilter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    Routed,
+    Bridge,
+    /// `bridge-nf-call-iptables` and its twin are off.
+    BridgeUnfiltered,
+    Vxlan,
+}
+
+impl Shape {
+    pub const ALL: [Self; 4] = [Self::Routed, Self::Bridge, Self::BridgeUnfiltered, Self::Vxlan];
+
+    pub fn cni(self) -> Cni {
+        match self {
+            Self::Routed => Cni::RoutedVeth,
+            Self::Bridge | Self::BridgeUnfiltered => Cni::Bridge,
+            Self::Vxlan => Cni::Vxlan,
+        }
+    }
+
+    /// Whether a client and a backend on one bridge are told apart for conntrack by a mask only.
+    pub fn masks_on_the_node(self) -> bool {
+        self == Self::BridgeUnfiltered
+    }
+
+    /// Two nodes, with pods a1, a2 and b1, the load balancer's machine, and two machines beside, `client` and
+    /// `stranger`, that send what is for load-balancer addresses to node-a.
+    pub fn lab(self, ctx: &Context) -> Result<Lab> {
+        let lab = ctx.lab(|lab| {
+            lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]).cni(self.cni()))
+                .node(NodeSpec::new("node-b", 2, &["b1"]).cni(self.cni()))
+                .elb(ElbSpec::new())
+                .client("client")
+                .host(HostSpec::new("stranger", 101))
+        })?;
+        for node in lab.nodes() {
+            self.set_bridge_filter(node)?;
+        }
+        for name in ["client", "stranger"] {
+            for vip in lab.elb()?.vips() {
+                let via = lab.node("node-a")?.ip(if vip.is_ipv4() { Family::V4 } else { Family::V6 });
+                lab.host(name)?.ip_command(&format!("route add {vip} via {via}"))?;
+            }
+        }
+        Ok(lab)
+    }
+
+    fn set_bridge_filter(self, node: &Node) -> Result<()> {
+        let value = if self == Self::BridgeUnfiltered { "0" } else { "1" };
+        ["iptables", "ip6tables"].iter().try_for_each(|name| {
+            node.netns().set_sysctl(&format!("net/bridge/bridge-nf-call-{name}"), value)
+        })
+    }
+}
+
+/// How often a node's packet programs gave this reason.
+pub fn counted(node: &Node, reason: Reason) -> Result<u64> {
+    let text = dumps::element(node, "reason", reason as u32)?;
+    let element: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let cpus = element["values"].as_array().with_context(|| format!("no values in {text}"))?;
+    let counts = cpus.iter().map(|cpu| cpu["value"].as_u64());
+    counts.sum::<Option<u64>>().with_context(|| format!("no numbers in {text}"))
+}
