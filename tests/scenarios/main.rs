@@ -23,11 +23,14 @@ mod live;
 mod metrics;
 mod node;
 mod objects;
+mod offloads;
 mod opted_out;
+mod packet_rules;
 mod packets;
 mod pass_through;
 mod paths;
 mod reach;
+mod redirects;
 mod restart;
 mod safety;
 mod shapes;
@@ -35,6 +38,7 @@ mod soak;
 mod sockets;
 mod source_ranges;
 mod traceroute;
+mod tunnels;
 mod udp;
 mod unseen;
 mod workers;
@@ -70,6 +74,10 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, pass_through::SCENARIOS),
     (kproxy, paths::SCENARIOS),
     (kproxy, traceroute::SCENARIOS),
+    (kproxy, redirects::SCENARIOS),
+    (kproxy, tunnels::SCENARIOS),
+    (kproxy, packet_rules::SCENARIOS),
+    (kproxy, offloads::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
     (kproxy, live::SCENARIOS),
     (kproxy, restart::SCENARIOS),

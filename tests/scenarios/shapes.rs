@@ -28,11 +28,6 @@ impl Shape {
         }
     }
 
-    /// Whether a client and a backend on one bridge are told apart for conntrack by a mask only.
-    pub fn masks_on_the_node(self) -> bool {
-        self == Self::BridgeUnfiltered
-    }
-
     /// Two nodes, with pods a1, a2 and b1, the load balancer's machine, and two machines beside, `client` and
     /// `stranger`, that send what is for load-balancer addresses to node-a.
     pub fn lab(self, ctx: &Context) -> Result<Lab> {
@@ -47,6 +42,10 @@ impl Shape {
             self.set_bridge_filter(node)?;
         }
         for name in ["client", "stranger"] {
+            // A node tells whoever it is a detour for, as it is here for what is passed through.
+            for setting in ["ipv4/conf/all", "ipv4/conf/eth0", "ipv6/conf/eth0"] {
+                lab.host(name)?.netns().set_sysctl(&format!("net/{setting}/accept_redirects"), "0")?;
+            }
             for vip in lab.elb()?.vips() {
                 let via = lab.node("node-a")?.ip(if vip.is_ipv4() { Family::V4 } else { Family::V6 });
                 lab.host(name)?.ip_command(&format!("route add {vip} via {via}"))?;
@@ -57,9 +56,9 @@ impl Shape {
 
     fn set_bridge_filter(self, node: &Node) -> Result<()> {
         let value = if self == Self::BridgeUnfiltered { "0" } else { "1" };
-        ["iptables", "ip6tables"].iter().try_for_each(|name| {
-            node.netns().set_sysctl(&format!("net/bridge/bridge-nf-call-{name}"), value)
-        })
+        ["iptables", "ip6tables"]
+            .iter()
+            .try_for_each(|name| node.netns().set_sysctl(&format!("net/bridge/bridge-nf-call-{name}"), value))
     }
 }
 

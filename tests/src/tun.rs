@@ -1,7 +1,7 @@
 //! Links without Ethernet headers: a TUN device at each end, as a VPN or an IP tunnel has them, and this process between.
 
-use std::io::{self, Read as _, Write as _};
 use std::fs::File;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::thread::{self, JoinHandle};
 
@@ -80,7 +80,8 @@ fn carry(mut from: File, mut to: File, stop: &OwnedFd) {
 
 /// A device of this thread's namespace, which is up.
 fn device(name: &str) -> Result<File> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun").context("cannot open /dev/net/tun")?;
+    let file =
+        File::options().read(true).write(true).open("/dev/net/tun").context("cannot open /dev/net/tun")?;
     // SAFETY: all zeroes is a value of this C structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (place, octet) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
