@@ -22,11 +22,13 @@ const HOUR: u64 = 60 * MINUTE;
 
 /// How long a flow may idle, as conntrack lets it where kube-proxy has set its timeouts: established TCP a day, half
 /// closed an hour (`nf_conntrack_tcp_timeout_close_wait`), opening or closed two minutes
-/// (`…_syn_sent`, `…_time_wait`); UDP 30 s without an answer, 180 s with one. SCTP as TCP.
+/// (`…_syn_sent`, `…_time_wait`), answered but not taken up one (`…_syn_recv`); UDP 30 s until client and backend have answered
+/// each other, then 180 s. SCTP as TCP.
 pub const fn lifetime(protocol: Protocol, state: FlowState) -> Duration {
     let seconds = match (protocol, state) {
-        (Protocol::Udp, FlowState::Opening) => 30,
+        (Protocol::Udp, FlowState::Opening | FlowState::Answered) => 30,
         (Protocol::Udp, _) => 3 * MINUTE,
+        (Protocol::Tcp | Protocol::Sctp, FlowState::Answered) => MINUTE,
         (Protocol::Tcp | Protocol::Sctp, FlowState::Opening | FlowState::Closed) => 2 * MINUTE,
         (Protocol::Tcp | Protocol::Sctp, FlowState::Established) => 24 * HOUR,
         (Protocol::Tcp | Protocol::Sctp, FlowState::Finished) => HOUR,
@@ -76,6 +78,7 @@ pub const fn state_word(protocol: Protocol, state: FlowState) -> &'static str {
     match (protocol, state) {
         (Protocol::Udp, FlowState::Opening) => "unreplied",
         (_, FlowState::Opening) => "opening",
+        (_, FlowState::Answered) => "answered",
         (_, FlowState::Established) => "established",
         (_, FlowState::Finished) => "half-closed",
         (_, FlowState::Closed) => "closed",
@@ -100,9 +103,10 @@ pub fn belongs(whole: &Conversation, key: &FlowKey, flow: &Flow) -> bool {
 const fn rank(state: FlowState) -> u8 {
     match state {
         FlowState::Opening => 0,
-        FlowState::Established => 1,
-        FlowState::Finished => 2,
-        FlowState::Closed => 3,
+        FlowState::Answered => 1,
+        FlowState::Established => 2,
+        FlowState::Finished => 3,
+        FlowState::Closed => 4,
     }
 }
 
@@ -126,11 +130,13 @@ mod tests {
     fn a_flow_lives_as_long_as_conntrack_would_keep_it() {
         for (protocol, state, seconds) in [
             (Protocol::Tcp, FlowState::Opening, 120),
+            (Protocol::Tcp, FlowState::Answered, 60),
             (Protocol::Tcp, FlowState::Established, 86_400),
             (Protocol::Tcp, FlowState::Finished, 3_600),
             (Protocol::Tcp, FlowState::Closed, 120),
             (Protocol::Sctp, FlowState::Established, 86_400),
             (Protocol::Udp, FlowState::Opening, 30),
+            (Protocol::Udp, FlowState::Answered, 30),
             (Protocol::Udp, FlowState::Established, 180),
         ] {
             let begun = 5 * SECOND;

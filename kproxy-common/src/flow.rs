@@ -65,9 +65,11 @@ flow_enum! {
 flow_enum! {
     /// How far a flow has come.
     FlowState {
-        /// The peer has not answered yet.
+        /// The backend has not answered yet.
         Opening = 1,
-        /// Packets went both ways.
+        /// It has, and the client has not gone on since: either may be forged still.
+        Answered = 5,
+        /// The client has answered the backend.
         Established = 2,
         /// This direction has sent its TCP FIN.
         Finished = 3,

@@ -58,6 +58,9 @@ pub trait FlowTables: Tables {
     fn put_ended(&self, whole: &Conversation, role: Role);
     /// What stands, in either table, under the key of one entry of a flow.
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
+    /// Notes in one entry of a flow that is being opened, in place, how far the flow has come and when; whether this entry
+    /// is there and leads where the flow does.
+    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool;
     /// How far the other direction of an established flow has come: of this role's entry.
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState>;
     /// Notes, in place, when an established flow was last used and how far it has come.

@@ -209,6 +209,11 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool {
+        keys::mark(whole, role)
+    }
+
+    #[inline(always)]
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
         let Entry { key, .. } = Entry::of(whole, role)?;
         // SAFETY: one octet, read at once.

@@ -47,6 +47,28 @@ pub fn take(whole: &Conversation, role: Role) -> bool {
     Entry::of(whole, role).is_some() && take_key() != 0
 }
 
+/// Notes state and time in the entry of `flow_transient`, if there is one that leads where the flow does; whether there
+/// is.
+#[inline(always)]
+pub fn mark(whole: &Conversation, role: Role) -> bool {
+    let Some(Entry { key, flow }) = Entry::of(whole, role) else {
+        return false;
+    };
+    let Some(standing) = maps::FLOW_TRANSIENT.get_ptr_mut(&*key) else {
+        return false;
+    };
+    // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is being
+    // opened passes for one that was answered, or is kept for longer; both fields are written by one store each.
+    unsafe {
+        if !leads_alike(&*standing, flow) {
+            return false;
+        }
+        (*standing).state = flow.state;
+        (*standing).last_seen = flow.last_seen;
+    }
+    true
+}
+
 /// Moves the entry to `flow`.
 #[inline(always)]
 pub fn establish(whole: &Conversation, role: Role) {
@@ -77,7 +99,9 @@ extern "C" fn take_key() -> u64 {
         // Of those that find none, the kernel lets one through.
         None => maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok(),
         Some(FlowState::Closed) => replace_ended(key, flow),
-        Some(FlowState::Opening | FlowState::Established | FlowState::Finished) => false,
+        Some(
+            FlowState::Opening | FlowState::Answered | FlowState::Established | FlowState::Finished,
+        ) => false,
     };
     if !is_added {
         return 0;
@@ -111,7 +135,7 @@ extern "C" fn move_to_flow() -> u64 {
     let Some(Entry { key, flow }) = Entry::get() else {
         return 0;
     };
-    // An LRU map makes room; if it cannot, the flow stays transient and is moved by its next answer.
+    // An LRU map makes room; if it cannot, the flow stays transient and is moved by its client's next packet.
     if maps::FLOW.insert(&*key, &*flow, ANY).is_err() {
         return 0;
     }
@@ -129,9 +153,7 @@ extern "C" fn move_from_flow() -> u64 {
         // One of its own from before it was established, where others were evicted and it began anew. What has ended is
         // there for others to take.
         let is_own = transient(key).is_some_and(|other| {
-            !matches!(other.state, FlowState::Closed)
-                && (other.address, other.port) == (flow.address, flow.port)
-                && other.client_port == flow.client_port
+            !matches!(other.state, FlowState::Closed) && leads_alike(other, flow)
         });
         if is_own {
             let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, EXIST);
@@ -139,6 +161,11 @@ extern "C" fn move_from_flow() -> u64 {
     }
     let _ = maps::FLOW.remove(&*key);
     1
+}
+
+#[inline(always)]
+fn leads_alike(one: &Flow, other: &Flow) -> bool {
+    (one.address, one.port, one.client_port) == (other.address, other.port, other.client_port)
 }
 
 #[inline(always)]

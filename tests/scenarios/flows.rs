@@ -81,12 +81,17 @@ fn listed(ctx: &Context) -> Result<()> {
             ensure!(row.get("mask").is_none(), "a client of a local backend is not masked: {row}");
 
             let backend = SocketAddr::new(ip(cluster.lab.pod("b1")?), TARGET);
-            let far = flows(&node, &["--backend", &backend.to_string()])?;
-            let [row] = &far[..] else { anyhow::bail!("one flow of far: {far:#?}") };
-            ensure!(
-                row["name"] == "far" && row["protocol"] == "UDP" && row["state"] == "established",
-                "{row}"
-            );
+            let far = || flows(&node, &["--backend", &backend.to_string()]);
+            let asked = far()?;
+            let [row] = &asked[..] else { anyhow::bail!("one flow of far: {asked:#?}") };
+            ensure!(row["name"] == "far" && row["protocol"] == "UDP", "{row}");
+            // The client has not shown yet that it got the answer.
+            ensure!(row["state"] == "answered" && row["table"] == "transient", "{row}");
+            worker.udp_send_to(datagrams.id, remote, "again")?;
+            worker.udp_receive(datagrams.id, Duration::from_secs(2))?;
+            let again = far()?;
+            let [row] = &again[..] else { anyhow::bail!("one flow of far: {again:#?}") };
+            ensure!(row["state"] == "established" && row["table"] == "established", "{row}");
             // What the backend saw.
             ensure!(row["mask"] == answer["client"], "{row}, and the backend saw {}", answer["client"]);
 

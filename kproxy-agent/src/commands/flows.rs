@@ -66,7 +66,7 @@ struct Row {
     state: &'static str,
     /// Since the last packet, which is noted about once a second.
     idle_seconds: u64,
-    /// `established`, or `transient`: opening or closed, the first to make room.
+    /// `established`, or `transient`: opening, answered or closed, the first to make room.
     table: &'static str,
     number: u32,
 }

@@ -113,6 +113,7 @@ fn a_connection_that_is_over_is_kept_for_stragglers() {
         };
         pass(world, inward, client, frontend, SYN);
         pass(world, outward, backend, client, SYN | ACK);
+        pass(world, inward, client, frontend, ACK);
         world.let_pass(Duration::from_secs(3 * 3_600));
         world.sweep();
         pass(world, inward, client, frontend, RST);

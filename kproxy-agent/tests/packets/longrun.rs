@@ -185,9 +185,59 @@ fn a_flood_of_openings_pushes_nobody_out() {
     });
 }
 
-/// A forged answer makes no flow: only what a backend sends on a flow's own ends does.
+/// Backends answer whoever asks. So a flood of openings with forged addresses that a living Service answers is one of
+/// half-open flows too.
 #[test]
-fn only_the_backends_answer_makes_a_flow_established() {
+fn a_flood_that_is_answered_pushes_nobody_out() {
+    with_standing(|world, standing| {
+        let established = timeless(world.entries(map_names::FLOW));
+        let mut dice = Dice::new(7);
+        for number in 0..FLOOD / 4 {
+            let family = dice.of(&[Family::V4, Family::V6]);
+            let protocol = dice.of(&[Protocol::Tcp, Protocol::Udp]);
+            let client = Who::Client(2 + dice.below(250) as u8).at(family, 1 + dice.below(65_535) as u16);
+            if let Some(forged) = Connection::ask(world, protocol, client, node_port(family, protocol)) {
+                assert!(forged.reply(world, SYN | ACK));
+            }
+            if number % 5_000 == 0 {
+                all_stand(world, standing, "in the flood");
+            }
+        }
+        all_stand(world, standing, "after the flood");
+        assert_eq!(timeless(world.entries(map_names::FLOW)), established);
+    });
+}
+
+/// Whoever was refused, or went away at once, holds nothing: a mask's port is free for the next one.
+#[test]
+fn what_is_closed_before_it_is_established_holds_nothing() {
+    with_standing(|world, _| {
+        let established = world.entries(map_names::FLOW).len();
+        let frontend = node_port(Family::V4, Protocol::Tcp);
+        for (port, closed_by_the_client) in [(1, true), (2, false)] {
+            let asked = Connection::ask(world, Protocol::Tcp, Who::Client(9).at(Family::V4, port), frontend);
+            let asked = asked.expect("it is taken");
+            if closed_by_the_client {
+                assert!(asked.reply(world, SYN | ACK) && asked.request(world, RST));
+            } else {
+                assert!(asked.reply(world, RST | ACK));
+            }
+            let of_it = |key: &FlowKey| [key.source_port, key.destination_port].contains(&asked.peer.port());
+            let entries = world.entries(map_names::FLOW_TRANSIENT);
+            let states: Vec<_> =
+                entries.iter().filter(|(key, _)| of_it(key)).map(|(_, flow)| flow.state).collect();
+            assert!(
+                !states.is_empty() && states.iter().all(|state| *state == FlowState::Closed),
+                "{states:?}"
+            );
+        }
+        assert_eq!(world.entries(map_names::FLOW).len(), established);
+    });
+}
+
+/// A forged answer makes no flow, nor does a client alone: only what both send on a flow's own ends does.
+#[test]
+fn only_both_ends_make_a_flow_established() {
     with_standing(|world, _| {
         let established = world.entries(map_names::FLOW).len();
         let client = Who::Client(9).at(Family::V4, 20_000);
@@ -205,6 +255,10 @@ fn only_the_backends_answer_makes_a_flow_established() {
         }
         assert_eq!(world.entries(map_names::FLOW).len(), established);
         assert!(asked.reply(world, SYN | ACK));
+        asked.request(world, SYN);
+        asked.reply(world, SYN | ACK);
+        assert_eq!(world.entries(map_names::FLOW).len(), established, "the client has not got it");
+        assert!(asked.request(world, ACK));
         let roles = world.entries(map_names::FLOW).len() - established;
         assert_eq!(roles, if asked.peer == client { [Role::Request, Role::Reply].len() } else { 4 });
     });

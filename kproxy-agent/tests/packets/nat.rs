@@ -22,9 +22,11 @@ pub struct Offer {
 enum State {
     /// The backend has not answered.
     Asked,
-    /// The backend has not answered, and one of both has given up.
+    /// The backend has not answered, and the client has given up.
     GivenUp,
-    /// Both have sent something.
+    /// The backend has answered, and the client not gone on since.
+    Answered,
+    /// Both have answered each other.
     Open { client_is_done: bool, backend_is_done: bool },
     /// Both are done, or one has broken it off.
     Over,
@@ -77,22 +79,25 @@ impl Nat {
         };
         if protocol == Protocol::Tcp && opens {
             match session.state {
-                State::Asked => return Fate::Along(*session),
+                State::Asked | State::Answered => return Fate::Along(*session),
                 State::GivenUp => return Fate::Either(*session),
                 // The client uses its port again.
                 State::Open { .. } | State::Over => return Fate::Begins,
             }
         }
-        if protocol == Protocol::Tcp {
-            session.state = match session.state {
-                State::Asked if flags & RST != 0 => State::GivenUp,
-                State::Open { backend_is_done, .. } if flags & FIN != 0 => {
-                    State::Open { client_is_done: true, backend_is_done }.settled()
-                }
-                State::Open { .. } if flags & RST != 0 => State::Over,
-                state => state,
-            };
+        let has = |flag| protocol == Protocol::Tcp && flags & flag != 0;
+        // A SYN with an ACK does not take up an answer to a SYN.
+        if session.state == State::Answered && !has(SYN) {
+            session.state = State::Open { client_is_done: false, backend_is_done: false };
         }
+        session.state = match session.state {
+            State::Asked if has(RST) => State::GivenUp,
+            State::Open { .. } if has(RST) => State::Over,
+            State::Open { backend_is_done, .. } if has(FIN) => {
+                State::Open { client_is_done: true, backend_is_done }.settled()
+            }
+            state => state,
+        };
         Fate::Along(*session)
     }
 
@@ -111,9 +116,8 @@ impl Nat {
         let is_reset = protocol == Protocol::Tcp && flags & RST != 0;
         let is_last = protocol == Protocol::Tcp && flags & FIN != 0;
         session.state = match session.state {
-            State::Asked | State::GivenUp if is_reset => State::GivenUp,
-            State::Asked | State::GivenUp => State::Open { client_is_done: false, backend_is_done: false },
-            State::Open { .. } if is_reset => State::Over,
+            _ if is_reset => State::Over,
+            State::Asked | State::GivenUp => State::Answered,
             State::Open { client_is_done, .. } if is_last => {
                 State::Open { client_is_done, backend_is_done: true }.settled()
             }

@@ -412,11 +412,12 @@ impl Conversation {
 
         if end == End::Refused {
             self.reply(world, way, RST | ACK, about);
-            return self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Opening, about);
+            return self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Closed, about);
         }
         self.reply(world, way, SYN | ACK, about);
-        self.states(world, map_names::FLOW, way, FlowState::Established, about);
+        self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Answered, about);
         self.request(world, way, ACK, about);
+        self.states(world, map_names::FLOW, way, FlowState::Established, about);
         self.request(world, way, ACK | PSH, about);
         self.reply(world, way, ACK | PSH, about);
         if self.protocol == Protocol::Udp {
@@ -490,7 +491,8 @@ impl Conversation {
         let (client, frontend) = (ends(self.client), ends(self.frontend));
         let (backend, peer) = (ends(way.backend), ends(way.peer));
         let mut ours = vec![(client, frontend), (backend, client)];
-        if peer != client {
+        // The inner entries of a masked flow stay as they are until it is established.
+        if peer != client && state != FlowState::Answered {
             ours.extend([(client, backend), (backend, peer)]);
         }
         for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {

@@ -3,7 +3,7 @@
 use super::{
     Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, ingress::objection, life, mask,
 };
-use crate::{ClientKind, Hook, Protocol, Reason, Resolution, Role, Tables, resolve};
+use crate::{ClientKind, FlowState, Hook, Protocol, Reason, Resolution, Role, Tables, resolve};
 
 /// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
 /// answer of a backend, perhaps something of this host that should have been translated before it got here.
@@ -27,7 +27,13 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
         return Quick::Known;
     }
     if let Some(flow) = tables.transient(packet, Hook::Egress) {
-        if matches!(flow.role, Role::Forwarded) && flow.port != 0 {
+        let is_reply = matches!(flow.role, Role::Reply);
+        let is_known = if is_reply {
+            !matches!(flow.state, FlowState::Opening) && packet.tcp.changes_nothing()
+        } else {
+            flow.port != 0
+        };
+        if is_known {
             life::note_unanswered(tables, packet, Hook::Egress, &flow);
             return Quick::decided(flow.set_source());
         }
@@ -51,7 +57,7 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
         return Decision::drop(Reason::NoFlow).into();
     };
     let reason = if matches!(flow.role, Role::Reply) {
-        life::establish(tables, packet);
+        life::answer(tables, packet);
         Reason::Forwarded
     } else if flow.port == 0 {
         mask::mask(tables, packet, device, &mut flow)

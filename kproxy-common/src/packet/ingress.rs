@@ -42,9 +42,12 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: Cli
     }
     if let Some(flow) = tables.transient(packet, Hook::Ingress)
         && (!packet.tcp.opens()
-            || matches!(flow.state, FlowState::Opening)
+            || matches!(flow.state, FlowState::Opening | FlowState::Answered)
             || matches!(flow.role, Role::Return))
     {
+        if life::goes_on(packet, &flow) {
+            return Quick::Known;
+        }
         life::note_unanswered(tables, packet, Hook::Ingress, &flow);
         return Quick::decided(flow.set_destination());
     }
@@ -61,6 +64,9 @@ pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVe
         life::advance(tables, packet, Hook::Ingress, &flow);
         flow.set_destination()
     } else if let Some(flow) = tables.transient(packet, Hook::Ingress) {
+        if life::goes_on(packet, &flow) {
+            life::go_on(tables, packet);
+        }
         flow.set_destination()
     } else {
         // It has just been evicted.

@@ -6,17 +6,53 @@ use crate::{FlowState, Hook, Protocol, Role};
 /// How often a flow's last packet is noted: a store a second instead of one a packet.
 const NOTE_EVERY: u64 = 1_000_000_000;
 
-/// The backend has answered: the entries move to the table of established flows, where a flood of openings
-/// cannot push them out. An answer that closes at once (RST) leaves them where they are.
+/// The backend has answered. That makes no flow established: backends answer whoever asks, also those who give forged
+/// addresses. An answer that closes at once (RST) ends the flow.
 #[inline(never)]
-pub(super) fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
+pub(super) fn answer<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     if packet.tcp.has(TcpFlags::RST) {
-        return;
+        return abandon(tables, packet, Hook::Egress);
     }
     tables.with_transient(packet, Hook::Egress, |flow| {
-        if matches!(flow.state, FlowState::Closed) {
+        if !matches!(flow.state, FlowState::Opening) {
             return;
         }
+        flow.state = FlowState::Answered;
+        flow.last_seen = tables.now();
+        tables.mark_transient(flow, Role::Reply);
+        if !tables.mark_transient(flow, Role::Request) {
+            // Evicted since, while the backend took its time.
+            tables.put_transient(flow, Role::Request);
+        }
+    });
+}
+
+/// A packet of the client on a flow that the backend has answered.
+#[inline(always)]
+pub(super) fn go_on<T: FlowTables>(tables: &T, packet: &PacketMeta) {
+    if packet.tcp.has(TcpFlags::RST) {
+        return abandon(tables, packet, Hook::Ingress);
+    }
+    establish(tables, packet);
+    if packet.tcp.has(TcpFlags::FIN) {
+        finish(tables, packet, Hook::Ingress);
+    }
+}
+
+/// Whether this packet of the client shows that it has got the backend's answer: then the flow is
+/// [`FlowState::Established`].
+#[inline(always)]
+pub(super) fn goes_on(packet: &PacketMeta, flow: &Hit) -> bool {
+    matches!(flow.state, FlowState::Answered)
+        && matches!(flow.role, Role::Request)
+        && !packet.tcp.has(TcpFlags::SYN)
+}
+
+/// The client has answered the backend, so that both are there: the entries move to the table of established flows, where a
+/// flood of openings cannot push them out, whether or not backends answer these.
+#[inline(never)]
+fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
+    tables.with_transient(packet, Hook::Ingress, |flow| {
         flow.state = FlowState::Established;
         flow.last_seen = tables.now();
         tables.put_established(flow, Role::Request);
@@ -73,12 +109,27 @@ fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
     let other = if matches!(hook, Hook::Ingress) { Role::Reply } else { Role::Request };
     let other = tables.with_flow(packet, hook, |flow| tables.state_of(flow, other));
     match other {
-        Some(Some(FlowState::Opening | FlowState::Established)) => {
+        Some(Some(FlowState::Opening | FlowState::Answered | FlowState::Established)) => {
             tables.note(packet, hook, FlowState::Finished, tables.now());
         }
         Some(Some(FlowState::Finished | FlowState::Closed) | None) => retire(tables, packet, hook),
         None => {}
     }
+}
+
+/// A flow that was never established is closed by one of its ends: what it has taken may be given to others.
+#[inline(never)]
+fn abandon<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
+    tables.with_transient(packet, hook, |flow| {
+        flow.state = FlowState::Closed;
+        flow.last_seen = tables.now();
+        tables.put_ended(flow, Role::Request);
+        tables.put_ended(flow, Role::Reply);
+        if flow.is_masked() {
+            tables.put_ended(flow, Role::Forwarded);
+            tables.put_ended(flow, Role::Return);
+        }
+    });
 }
 
 /// A flow that ends goes back to the transient table, since its last acknowledgements are still to come.

@@ -179,7 +179,6 @@ impl FlowTables for FlowView<'_> {
 
     fn put_ended(&self, whole: &Conversation, role: Role) {
         let (key, flow) = entry(whole, role);
-        let leads = |flow: &Flow| (flow.address, flow.port, flow.client_port);
         let is_own = |other: &Flow| other.state != FlowState::Closed && leads(other) == leads(&flow);
         let mut transient = self.flows.transient.borrow_mut();
         if transient.get(&key).is_none_or(is_own) {
@@ -192,6 +191,14 @@ impl FlowTables for FlowView<'_> {
         let (key, _) = entry(whole, role);
         let established = self.flows.flow.borrow().get(&key).map(Hit::from);
         established.or_else(|| self.flows.transient.borrow().get(&key).map(Hit::from))
+    }
+
+    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool {
+        let (key, flow) = entry(whole, role);
+        let mut transient = self.flows.transient.borrow_mut();
+        let own = transient.get_mut(&key).filter(|other| leads(other) == leads(&flow));
+        let marked = own.map(|other| (other.state, other.last_seen) = (flow.state, flow.last_seen));
+        marked.is_some()
     }
 
     fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
@@ -251,6 +258,11 @@ fn key(packet: &PacketMeta, hook: Hook) -> FlowKey {
     let mut key = FlowKey::EMPTY;
     packet.write_key(hook, &mut key);
     key
+}
+
+/// What of an entry tells where it leads.
+fn leads(flow: &Flow) -> (Address, u16, u16) {
+    (flow.address, flow.port, flow.client_port)
 }
 
 fn entry(whole: &Conversation, role: Role) -> (FlowKey, Flow) {
