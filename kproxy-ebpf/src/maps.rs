@@ -107,6 +107,8 @@ pub static SCRATCH: PerCpuArray<[u64; size_of::<Scratch>().div_ceil(8)], 1> = Pe
 pub static ENTRY: PerCpuArray<[u64; size_of::<FlowEntry>().div_ceil(8)], 1> = PerCpuArray::new();
 #[btf_map(name = "parsed")]
 pub static PARSED: PerCpuArray<[u64; 12], 1> = PerCpuArray::new();
+#[btf_map(name = "message")]
+pub static MESSAGE: PerCpuArray<[u64; 16], 1> = PerCpuArray::new();
 #[btf_map(name = "refusal")]
 pub static REFUSAL: PerCpuArray<[u64; 32], 1> = PerCpuArray::new();
 // Filled by the agent before it attaches; see `kproxy_common::PACKET_PARTS`.

@@ -21,6 +21,7 @@ use kproxy_common::{
 
 use self::{
     apply::{apply, apply_quickly, drop, leave, next},
+    icmp::Message,
     parse::{Parsed, Unusual},
 };
 use crate::{
@@ -220,13 +221,14 @@ fn messages(ctx: &TcContext, hook: Hook) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
-    match icmp::parse(ctx, parsed) {
-        Ok(message) => {
-            let verdict = on_icmp(&KERNEL, &message.meta, hook);
-            icmp::apply(ctx, parsed, &message, hook, verdict)
-        }
-        Err(reason) => next(reason),
+    if let Err(reason) = icmp::parse(ctx, parsed) {
+        return next(reason);
     }
+    let Some(message) = Message::get() else {
+        return next(Reason::TableError);
+    };
+    let verdict = on_icmp(&KERNEL, &message.meta, hook);
+    icmp::apply(ctx, parsed, message, hook, verdict)
 }
 
 /// Goes on in another part. Where that is missing, the packet is left alone.

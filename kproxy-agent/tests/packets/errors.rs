@@ -1,5 +1,5 @@
-//! ICMP errors about packets of a flow: whoever sent the packet gets them about the packet that it sent, from any
-//! router on the way, from the other end, and from this node itself.
+//! ICMP errors about packets of a flow: whoever sent the packet gets them about the packet that it sent, octet for octet,
+//! from any router on the way, from the other end, and from this node itself.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,10 +7,11 @@ use etherparse::{Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, i
 use kproxy_common::{Protocol, Reason};
 
 use crate::{
-    cluster::{Family, Who},
+    cluster::Who,
     flow::Flow,
-    frame::{ACK, Frame, Link, PSH},
+    frame::{ACK, Frame, Link, PSH, Transport},
     hostile::with_ip_header,
+    seldom,
     world::{Action, At, ROOM, World, in_world},
 };
 
@@ -31,24 +32,14 @@ const KINDS: [Kind; 3] = [Kind::TooBig, Kind::PortUnreachable, Kind::TimeExceede
 /// What is quoted of a packet.
 struct Quoted {
     packet: Frame,
-    /// Whose transport checksum it has: it stays as it was where the error was made. Nobody can look at it who does not
-    /// have the whole packet.
-    seen: Frame,
+    /// How much of it, from its transport header on.
     length: usize,
 }
 
 impl Quoted {
     fn bytes(&self) -> Vec<u8> {
-        let (mut bytes, seen) = (self.packet.bytes(), self.seen.bytes());
-        let transport = self.packet.ip.header_len();
-        let checksum = match self.packet.protocol() {
-            Protocol::Tcp => 16..18,
-            Protocol::Udp => 6..8,
-            Protocol::Sctp => 8..12,
-        };
-        let checksum = transport + checksum.start..transport + checksum.end;
-        bytes[checksum.clone()].copy_from_slice(&seen[checksum]);
-        bytes.truncate(self.length);
+        let mut bytes = self.packet.bytes();
+        bytes.truncate(self.packet.ip.header_len() + self.length);
         bytes
     }
 }
@@ -86,7 +77,7 @@ fn error(link: Link, kind: Kind, from: IpAddr, to: IpAddr, quoted: &Quoted) -> V
     with_ip_header(link, from, to, number, &message)
 }
 
-/// An error comes to one hook, and goes on as another error.
+/// An error comes to one hook, and goes on as another error. So it does where octets follow that are not the packet's.
 fn becomes(
     world: &mut World,
     flow: &Flow,
@@ -96,31 +87,45 @@ fn becomes(
     about: &str,
 ) {
     let link = flow.link_at(at);
-    let outcome = world.run(at, link, &came(link));
-    let counted = world.newly_counted();
-    assert_eq!(outcome.action, Action::Next, "{about} {at:?}: {counted:?}");
-    assert_eq!(
-        outcome.bytes,
-        goes(link),
-        "{about} {at:?}\n{:02x?} expected\n{:02x?} found",
-        goes(link),
-        outcome.bytes
-    );
-    assert_eq!(counted, [(Reason::IcmpTranslated, 1)], "{about} {at:?}");
-}
-
-/// The same packet of the flow between other ends.
-fn packet(flow: &Flow, [from, to]: [SocketAddr; 2]) -> Frame {
-    Frame::of(flow.protocol, Link::Ip, from, to, ACK | PSH).with_payload(b"what was said")
-}
-
-/// How much is quoted: what IPv4 must, more, all.
-fn lengths(family: Family) -> [usize; 3] {
-    match family {
-        Family::V4 => [28, 48, 1_000],
-        Family::V6 => [48, 80, 1_000],
+    for behind in [&[][..], &[0x5a; 20]] {
+        let (came, goes) = ([&came(link), behind].concat(), [&goes(link), behind].concat());
+        let outcome = world.run(at, link, &came);
+        let counted = world.newly_counted();
+        assert_eq!(outcome.action, Action::Next, "{about} {at:?}: {counted:?}");
+        let found = &outcome.bytes;
+        assert_eq!(*found, goes, "{about} {at:?}\n{goes:02x?} expected\n{found:02x?} found");
+        assert_eq!(counted, [(Reason::IcmpTranslated, 1)], "{about} {at:?}");
     }
 }
+
+/// What packet of a flow is quoted.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Usual,
+    /// UDP that has no checksum, where it need not have one.
+    Unsummed,
+    /// With options, or extension headers.
+    Seldom(usize),
+}
+
+impl Form {
+    const ALL: [Self; 5] = [Self::Usual, Self::Unsummed, Self::Seldom(0), Self::Seldom(2), Self::Seldom(3)];
+
+    /// The same packet of the flow between other ends.
+    fn packet(self, flow: &Flow, [from, to]: [SocketAddr; 2]) -> Frame {
+        let mut packet =
+            Frame::of(flow.protocol, Link::Ip, from, to, ACK | PSH).with_payload(b"what was said");
+        match (self, &mut packet.transport) {
+            (Self::Unsummed, Transport::Udp(_, has_checksum)) => *has_checksum = false,
+            (Self::Seldom(number), _) => return seldom::headers(packet, number),
+            _ => {}
+        }
+        packet
+    }
+}
+
+/// How much is quoted, from the transport header on: what IPv4 must, as far as SCTP's checksum, as TCP's, all.
+const LENGTHS: [usize; 4] = [8, 12, 18, 1_000];
 
 #[test]
 fn errors_reach_who_sent_the_packet() {
@@ -128,45 +133,21 @@ fn errors_reach_who_sent_the_packet() {
         Flow::each(world, &PROTOCOLS, |world, flow| {
             let Flow { family, client, client_device, frontend, backend, backend_device, peer, .. } = *flow;
             let router = Who::Client(254).ip(family);
-            let quote = |packet_ends, seen, length| Quoted {
-                packet: packet(flow, packet_ends),
-                seen: packet(flow, seen),
-                length,
-            };
-            for kind in KINDS {
-                for length in lengths(family) {
+            for (kind, form) in KINDS.into_iter().flat_map(|kind| Form::ALL.map(|form| (kind, form))) {
+                let quote = |ends, length| Quoted { packet: form.packet(flow, ends), length };
+                for length in LENGTHS {
                     // About a request, from a router behind this node or from the backend itself.
                     for from in [router, backend.ip()] {
-                        let about =
-                            format!("{}: {kind:?} of {length} from {from} about a request", flow.about());
-                        let seen = |link| {
-                            error(
-                                link,
-                                kind,
-                                from,
-                                peer.ip(),
-                                &quote([peer, backend], [peer, backend], length),
-                            )
-                        };
-                        let inside = |link| {
-                            error(
-                                link,
-                                kind,
-                                from,
-                                client.ip(),
-                                &quote([client, backend], [peer, backend], length),
-                            )
-                        };
+                        let about = format!(
+                            "{}: {kind:?} of {length}, {form:?}, from {from} about a request",
+                            flow.about()
+                        );
+                        let seen = |link| error(link, kind, from, peer.ip(), &quote([peer, backend], length));
+                        let inside =
+                            |link| error(link, kind, from, client.ip(), &quote([client, backend], length));
                         let name = if from == backend.ip() { frontend.ip() } else { from };
-                        let told = |link| {
-                            error(
-                                link,
-                                kind,
-                                name,
-                                client.ip(),
-                                &quote([client, frontend], [peer, backend], length),
-                            )
-                        };
+                        let told =
+                            |link| error(link, kind, name, client.ip(), &quote([client, frontend], length));
                         if peer != client {
                             becomes(world, flow, At::In(backend_device), seen, inside, &about);
                         }
@@ -174,59 +155,28 @@ fn errors_reach_who_sent_the_packet() {
                     }
                     // From this node, which has seen the request between its hooks.
                     let node = Who::Node.ip(family);
-                    let about =
-                        format!("{}: {kind:?} of {length} from the node about a request", flow.about());
-                    let inside = |link| {
-                        error(
-                            link,
-                            kind,
-                            node,
-                            client.ip(),
-                            &quote([client, backend], [client, backend], length),
-                        )
-                    };
-                    let told = |link| {
-                        error(
-                            link,
-                            kind,
-                            node,
-                            client.ip(),
-                            &quote([client, frontend], [client, backend], length),
-                        )
-                    };
+                    let about = format!(
+                        "{}: {kind:?} of {length}, {form:?}, from the node about a request",
+                        flow.about()
+                    );
+                    let inside =
+                        |link| error(link, kind, node, client.ip(), &quote([client, backend], length));
+                    let told =
+                        |link| error(link, kind, node, client.ip(), &quote([client, frontend], length));
                     becomes(world, flow, At::Out(client_device), inside, told, &about);
                     // About a reply, from a router before this node or from the client itself.
                     for from in [router, client.ip()] {
-                        let about =
-                            format!("{}: {kind:?} of {length} from {from} about a reply", flow.about());
-                        let seen = |link| {
-                            error(
-                                link,
-                                kind,
-                                from,
-                                frontend.ip(),
-                                &quote([frontend, client], [frontend, client], length),
-                            )
-                        };
-                        let inside = |link| {
-                            error(
-                                link,
-                                kind,
-                                from,
-                                backend.ip(),
-                                &quote([backend, client], [frontend, client], length),
-                            )
-                        };
+                        let about = format!(
+                            "{}: {kind:?} of {length}, {form:?}, from {from} about a reply",
+                            flow.about()
+                        );
+                        let seen =
+                            |link| error(link, kind, from, frontend.ip(), &quote([frontend, client], length));
+                        let inside =
+                            |link| error(link, kind, from, backend.ip(), &quote([backend, client], length));
                         let name = if from == client.ip() { peer.ip() } else { from };
-                        let told = |link| {
-                            error(
-                                link,
-                                kind,
-                                name,
-                                backend.ip(),
-                                &quote([backend, peer], [frontend, client], length),
-                            )
-                        };
+                        let told =
+                            |link| error(link, kind, name, backend.ip(), &quote([backend, peer], length));
                         becomes(world, flow, At::In(client_device), seen, inside, &about);
                         if peer != client {
                             becomes(world, flow, At::Out(backend_device), inside, told, &about);

@@ -5,22 +5,25 @@ use aya_ebpf::{
     helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace},
     programs::TcContext,
 };
-use kproxy_common::{Address, Hook, IcmpKind, IcmpMeta, IcmpVerdict, PacketMeta, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, Hook, IcmpKind, IcmpMeta, IcmpVerdict, Protocol, Reason, TcpFlags};
 
 use super::{
     access::{RewriteFailed, reach, read, store, succeeded},
     apply::{DROP, next},
     device,
     parse::{IPV4_HEADER, IPV6_HEADER, Parsed},
-    refuse::send_back,
-    rewrite::replace_v6,
+    refuse::{fold, send_back},
+    rewrite::{difference, replace_v6, sctp_checksum_change},
 };
-use crate::{count::count_reason, drops};
+use crate::{count::count_reason, drops, maps};
 
 /// An ICMP message's own header; ICMPv6's too.
 const ICMP_HEADER: u32 = 8;
-/// What is read at the most: two IPv4 headers with options, or two IPv6 headers, and ports; a redirect's options between.
-const LONGEST: u32 = 60 + 40 + 60 + 8;
+/// What is read at the most: two IPv4 headers with options, or two IPv6 headers, and a TCP header as far as its checksum;
+/// a redirect's options between.
+const LONGEST: u32 = 60 + 40 + 60 + 20;
+/// How many extension headers of a quoted packet are followed.
+const EXTENSION_HEADERS: u32 = 4;
 /// Where the options of an ICMPv6 redirect begin (RFC 4861, 4.5).
 const REDIRECT_OPTIONS: u32 = 40;
 /// How many of these are looked at: there are two sorts.
@@ -29,16 +32,21 @@ const MOST_OPTIONS: u32 = 3;
 const REDIRECTED_HEADER: u8 = 4;
 const HOP_LIMIT: u8 = 64;
 
-/// A message, and where what it quotes lies.
+/// A message, and where what it quotes lies. In a place of this processor: of what is read back from there the verifier
+/// knows nothing, so that it walks what follows once, instead of once for each way in which a message can be read.
 pub struct Message {
     pub meta: IcmpMeta,
     network: u32,
     transport: u32,
+    /// Whether it is no fragment.
+    is_whole: bool,
 }
+
+const _: () = assert!(size_of::<Message>() <= size_of::<[u64; 16]>(), "what the map `message` has room for");
 
 /// Reads a message whose own addresses and offsets were read before.
 #[inline(always)]
-pub fn parse(ctx: &TcContext, parsed: &Parsed) -> Result<Message, Reason> {
+pub fn parse(ctx: &TcContext, parsed: &Parsed) -> Result<(), Reason> {
     let at = parsed.transport;
     reach(ctx, at + ICMP_HEADER, parsed.network + LONGEST)?;
     let head: [u32; 2] = read(ctx, at).ok_or(Reason::Malformed)?;
@@ -50,32 +58,20 @@ pub fn parse(ctx: &TcContext, parsed: &Parsed) -> Result<Message, Reason> {
         (true, 8) | (false, 128) => IcmpKind::Echo,
         _ => IcmpKind::Other,
     };
-    let nothing = PacketMeta {
-        source: parsed.meta.source,
-        destination: parsed.meta.destination,
-        source_port: 0,
-        destination_port: 0,
-        protocol: Protocol::Udp,
-        tcp: TcpFlags::default(),
-        is_later_fragment: false,
+    let message = Message::get().ok_or(Reason::TableError)?;
+    message.meta.source = parsed.meta.source;
+    message.meta.destination = parsed.meta.destination;
+    message.meta.kind = kind;
+    message.meta.quotes = false;
+    let quoted = match kind {
+        IcmpKind::Echo | IcmpKind::Other => return Ok(()),
+        IcmpKind::Redirect if !is_v4 => redirected(ctx, at + REDIRECT_OPTIONS),
+        IcmpKind::Error | IcmpKind::Redirect => Some(at + ICMP_HEADER),
     };
-    let (source, destination) = (parsed.meta.source, parsed.meta.destination);
-    let mut message = Message {
-        meta: IcmpMeta { source, destination, kind, quoted: nothing, quotes: false },
-        network: 0,
-        transport: 0,
-    };
-    match kind {
-        IcmpKind::Echo | IcmpKind::Other => {}
-        IcmpKind::Error => read_quoted(ctx, &mut message, at + ICMP_HEADER, is_v4),
-        IcmpKind::Redirect if is_v4 => read_quoted(ctx, &mut message, at + ICMP_HEADER, is_v4),
-        IcmpKind::Redirect => {
-            if let Some(quoted) = redirected(ctx, at + REDIRECT_OPTIONS) {
-                read_quoted(ctx, &mut message, quoted, is_v4);
-            }
-        }
+    if let Some(quoted) = quoted {
+        read_quoted(ctx, message, quoted, is_v4);
     }
-    Ok(message)
+    Ok(())
 }
 
 /// Where an ICMPv6 redirect quotes the packet.
@@ -96,29 +92,9 @@ fn redirected(ctx: &TcContext, mut at: u32) -> Option<u32> {
 /// Reads the quoted packet, if it is one that can belong to a flow.
 #[inline(always)]
 fn read_quoted(ctx: &TcContext, message: &mut Message, at: u32, is_v4: bool) {
-    let (protocol, transport) = if is_v4 {
-        let Some(header) = read::<[u32; 5]>(ctx, at) else {
-            return;
-        };
-        let first = u32::from_be(header[0]);
-        let length = (first >> 24 & 0xf) * 4;
-        // A later fragment has no ports.
-        if first >> 28 != 4 || length < IPV4_HEADER || u32::from_be(header[1]) & 0x1fff != 0 {
-            return;
-        }
-        message.meta.quoted.source = Address::from_v4_word(header[3]);
-        message.meta.quoted.destination = Address::from_v4_word(header[4]);
-        ((u32::from_be(header[2]) >> 16) as u8, at + length)
-    } else {
-        let Some(header) = read::<[u32; 10]>(ctx, at) else {
-            return;
-        };
-        if u32::from_be(header[0]) >> 28 != 6 {
-            return;
-        }
-        message.meta.quoted.source = Address::from_words([header[2], header[3], header[4], header[5]]);
-        message.meta.quoted.destination = Address::from_words([header[6], header[7], header[8], header[9]]);
-        ((u32::from_be(header[1]) >> 8) as u8, at + IPV6_HEADER)
+    let headers = if is_v4 { quoted_v4(ctx, message, at) } else { quoted_v6(ctx, message, at) };
+    let Some(Quoted { protocol, transport, is_whole }) = headers else {
+        return;
     };
     message.meta.quoted.protocol = match protocol {
         6 => Protocol::Tcp,
@@ -132,9 +108,73 @@ fn read_quoted(ctx: &TcContext, message: &mut Message, at: u32, is_v4: bool) {
     let ports = u32::from_be(ports);
     message.meta.quoted.source_port = (ports >> 16) as u16;
     message.meta.quoted.destination_port = ports as u16;
+    message.meta.quoted.tcp = TcpFlags::default();
+    message.meta.quoted.is_later_fragment = false;
     message.meta.quotes = true;
     message.network = at;
     message.transport = transport;
+    message.is_whole = is_whole;
+}
+
+/// What a quoted packet's IP headers say, beside its addresses.
+struct Quoted {
+    protocol: u8,
+    transport: u32,
+    /// Whether it is no fragment.
+    is_whole: bool,
+}
+
+#[inline(always)]
+fn quoted_v4(ctx: &TcContext, message: &mut Message, at: u32) -> Option<Quoted> {
+    let header = read::<[u32; 5]>(ctx, at)?;
+    let first = u32::from_be(header[0]);
+    let length = (first >> 24 & 0xf) * 4;
+    let fragment = u32::from_be(header[1]) & 0x3fff;
+    // A later fragment has no ports.
+    if first >> 28 != 4 || length < IPV4_HEADER || fragment & 0x1fff != 0 {
+        return None;
+    }
+    message.meta.quoted.source = Address::from_v4_word(header[3]);
+    message.meta.quoted.destination = Address::from_v4_word(header[4]);
+    let protocol = (u32::from_be(header[2]) >> 16) as u8;
+    Some(Quoted { protocol, transport: at + length, is_whole: fragment == 0 })
+}
+
+#[inline(always)]
+fn quoted_v6(ctx: &TcContext, message: &mut Message, at: u32) -> Option<Quoted> {
+    let header = read::<[u32; 10]>(ctx, at)?;
+    if u32::from_be(header[0]) >> 28 != 6 {
+        return None;
+    }
+    message.meta.quoted.source = Address::from_words([header[2], header[3], header[4], header[5]]);
+    message.meta.quoted.destination = Address::from_words([header[6], header[7], header[8], header[9]]);
+    let mut protocol = (u32::from_be(header[1]) >> 8) as u8;
+    let mut transport = at + IPV6_HEADER;
+    let mut fragment = 0;
+    let mut followed = 0;
+    while followed < EXTENSION_HEADERS {
+        // Hop-by-hop, routing, destination options, fragment (RFC 8200, 4).
+        if !matches!(protocol, 0 | 43 | 60 | 44) {
+            break;
+        }
+        let head = u32::from_be(read::<u32>(ctx, transport)?);
+        if protocol == 44 {
+            if head & 0xfff8 != 0 {
+                return None;
+            }
+            fragment |= head & 1;
+            transport += 8;
+        } else {
+            transport += ((head >> 16 & 0xff) + 1) * 8;
+        }
+        protocol = (head >> 24) as u8;
+        // Further than this nothing is read.
+        if transport > 0x300 {
+            return None;
+        }
+        followed += 1;
+    }
+    Some(Quoted { protocol, transport, is_whole: fragment == 0 })
 }
 
 /// Does what was decided about a message.
@@ -184,47 +224,131 @@ fn translate(
     let ports = |source: u16, destination: u16| (u32::from(source) << 16 | u32::from(destination)).to_be();
     let or = |port: u16, old: u16| if port == 0 { old } else { port };
     let old_ports = ports(quoted.source_port, quoted.destination_port);
-    let (outer_at, old_outer, quoted_at, old_quoted, new_ports) = match hook {
-        Hook::Ingress => (
-            destination_at,
-            &parsed.meta.destination,
-            source_at,
-            &quoted.source,
-            ports(port, or(client_port, quoted.destination_port)),
-        ),
-        Hook::Egress => (
-            source_at,
-            &parsed.meta.source,
-            destination_at,
-            &quoted.destination,
-            ports(or(client_port, quoted.source_port), port),
-        ),
+    // Where the message itself has another address, it is the same one that the quoted packet has at its other end.
+    let (outer_at, quoted_at, old, new_ports) = match hook {
+        Hook::Ingress => {
+            (destination_at, source_at, &quoted.source, ports(port, or(client_port, quoted.destination_port)))
+        }
+        Hook::Egress => {
+            (source_at, destination_at, &quoted.destination, ports(or(client_port, quoted.source_port), port))
+        }
     };
     let skb = ctx.skb.skb;
+    let difference = difference(old, address);
+    let sum = message.checksum(ctx, parsed);
+    let sum_after = message.checksum_after(&sum, difference, old_ports, new_ports);
     // SAFETY: the helper checks the offset against the packet.
     succeeded(unsafe { bpf_l4_csum_replace(skb, checksum, old_ports.into(), new_ports.into(), 4) })?;
     store(ctx, message.transport, &new_ports, 0)?;
+    if sum.at != 0 {
+        let (from, to) = (u64::from(sum.value), u64::from(sum_after));
+        // SAFETY: as above.
+        succeeded(unsafe { bpf_l4_csum_replace(skb, checksum, from, to, 4) })?;
+        if matches!(quoted.protocol, Protocol::Sctp) {
+            store(ctx, sum.at, &sum_after, 0)?;
+        } else {
+            store(ctx, sum.at, &(sum_after as u16), 0)?;
+        }
+    }
     if is_v4 {
-        let (from, to) = (u64::from(old_quoted.v4_word()), u64::from(address.v4_word()));
+        let (from, to) = (u64::from(old.v4_word()), u64::from(address.v4_word()));
         // The quoted header's own checksum makes up for its address, so that the message's stays as it is.
         // SAFETY: as above.
         succeeded(unsafe { bpf_l3_csum_replace(skb, message.network + 10, from, to, 4) })?;
         store(ctx, message.network + quoted_at, &address.v4_word(), 0)?;
         if outer {
-            let from = u64::from(old_outer.v4_word());
             // SAFETY: as above.
             succeeded(unsafe { bpf_l3_csum_replace(skb, parsed.network + 10, from, to, 4) })?;
             store(ctx, parsed.network + outer_at, &address.v4_word(), 0)?;
         }
         return Ok(());
     }
-    replace_v6(ctx, checksum, old_quoted, address, 0)?;
+    replace_v6(ctx, checksum, difference, 0)?;
     store(ctx, message.network + quoted_at, address, 0)?;
     if outer {
-        replace_v6(ctx, checksum, old_outer, address, BPF_F_PSEUDO_HDR.into())?;
+        replace_v6(ctx, checksum, difference, BPF_F_PSEUDO_HDR.into())?;
         store(ctx, parsed.network + outer_at, address, 0)?;
     }
     Ok(())
+}
+
+/// The transport checksum that a message quotes.
+struct Checksum {
+    /// Where it lies; 0 if it is not quoted, or there is none.
+    at: u32,
+    /// What stands there. SCTP's has 32 bits, the others' 16.
+    value: u32,
+    /// How long the quoted packet was, from its transport header on.
+    length: u32,
+}
+
+impl Message {
+    /// What was read.
+    #[inline(always)]
+    pub fn get() -> Option<&'static mut Self> {
+        let place = maps::MESSAGE.get_ptr_mut(0)?.cast::<Self>();
+        // SAFETY: the element is this CPU's, as long as the structure, and only one program runs on it at a time.
+        Some(unsafe { &mut *place })
+    }
+
+    #[inline(always)]
+    fn checksum(&self, ctx: &TcContext, parsed: &Parsed) -> Checksum {
+        let (is_v4, transport) = (parsed.is_v4(), self.transport);
+        let none = Checksum { at: 0, value: 0, length: 0 };
+        let (at, size, value) = match self.meta.quoted.protocol {
+            Protocol::Tcp => (transport + 16, 2, read::<u16>(ctx, transport + 16).map(u32::from)),
+            Protocol::Udp => (transport + 6, 2, read::<u16>(ctx, transport + 6).map(u32::from)),
+            Protocol::Sctp => (transport + 8, 4, read::<u32>(ctx, transport + 8)),
+        };
+        let Some(value) = value else {
+            return none;
+        };
+        // There is none (UDP), or a device was still to fill it in (SCTP).
+        if value == 0 && !matches!(self.meta.quoted.protocol, Protocol::Tcp) {
+            return none;
+        }
+        // SCTP's covers all fragments, of which one does not tell the length.
+        if matches!(self.meta.quoted.protocol, Protocol::Sctp) && !self.is_whole {
+            return none;
+        }
+        let (Some(outer), Some(inner)) =
+            (length(ctx, parsed.network, is_v4), length(ctx, self.network, is_v4))
+        else {
+            return none;
+        };
+        // What lies behind the packet's end is not the message's.
+        if at + size > parsed.network + outer {
+            return none;
+        }
+        Checksum { at, value, length: inner.wrapping_sub(transport.wrapping_sub(self.network)) }
+    }
+
+    /// The checksum, once an address before it has changed by this difference, and the ports.
+    #[inline(always)]
+    fn checksum_after(&self, checksum: &Checksum, difference: i64, old_ports: u32, new_ports: u32) -> u32 {
+        if matches!(self.meta.quoted.protocol, Protocol::Sctp) {
+            return checksum.value ^ sctp_checksum_change(old_ports ^ new_ports, checksum.length);
+        }
+        // In one's complement, carries beyond 32 bits added in where it is folded (RFC 1624).
+        let sum = u64::from(!(checksum.value as u16))
+            + u64::from(difference as u32)
+            + u64::from(!old_ports)
+            + u64::from(new_ports);
+        let sum = (sum & 0xffff_ffff) + (sum >> 32);
+        match (!fold((sum & 0xffff) as u32 + (sum >> 16) as u32), self.meta.quoted.protocol) {
+            // 0 would say that it has none.
+            (0, Protocol::Udp) => 0xffff,
+            (sum, _) => sum.into(),
+        }
+    }
+}
+
+/// How long an IP packet says that it is, its header included.
+#[inline(always)]
+fn length(ctx: &TcContext, network: u32, is_v4: bool) -> Option<u32> {
+    let header: [u16; 3] = read(ctx, network)?;
+    let [_, v4, v6] = header.map(u16::from_be);
+    Some(if is_v4 { v4.into() } else { u32::from(v6) + IPV6_HEADER })
 }
 
 /// Makes an echo request its own reply. Addresses that change places leave all sums as they are.

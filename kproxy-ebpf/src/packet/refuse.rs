@@ -306,7 +306,7 @@ fn sum<const N: usize>(words: &[u32; N], seed: u32) -> u32 {
 
 /// To 16 bits, carries added in.
 #[inline(always)]
-fn fold(sum: u32) -> u16 {
+pub fn fold(sum: u32) -> u16 {
     let sum = (sum & 0xffff) + (sum >> 16);
     ((sum & 0xffff) + (sum >> 16)) as u16
 }

@@ -85,7 +85,8 @@ fn set_address(packet: &Rewrite<'_>, at: u32, old: &Address, new: &Address) -> R
     }
     match checksum {
         Some((checksum, flags)) => {
-            replace_v6(packet.ctx, checksum, old, new, flags | u64::from(BPF_F_PSEUDO_HDR))?;
+            let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
+            replace_v6(packet.ctx, checksum, difference(old, new), flags)?;
             store(packet.ctx, at, new, 0)
         }
         // Nothing in this packet makes up for the address: what the device has summed up must.
@@ -93,19 +94,19 @@ fn set_address(packet: &Rewrite<'_>, at: u32, old: &Address, new: &Address) -> R
     }
 }
 
-/// Makes up for another IPv6 address in the transport checksum at `checksum`.
+/// What an address adds to a sum in the place of another.
 #[inline(always)]
-pub fn replace_v6(
-    ctx: &TcContext,
-    checksum: u32,
-    old: &Address,
-    new: &Address,
-    flags: u64,
-) -> Result<(), RewriteFailed> {
+pub fn difference(old: &Address, new: &Address) -> i64 {
     let (mut from, mut to) = (old.words(), new.words());
-    // SAFETY: both arrays are 16 bytes, as the helper is told; the others check offset and packet.
+    // SAFETY: both arrays are 16 bytes, as the helper is told, which does not write.
+    unsafe { bpf_csum_diff(from.as_mut_ptr(), 16, to.as_mut_ptr(), 16, 0) }
+}
+
+/// Makes up for an IPv6 address that has changed by this much, in the transport checksum at `checksum`.
+#[inline(always)]
+pub fn replace_v6(ctx: &TcContext, checksum: u32, difference: i64, flags: u64) -> Result<(), RewriteFailed> {
+    // SAFETY: the helpers check offset and packet.
     unsafe {
-        let difference = bpf_csum_diff(from.as_mut_ptr(), 16, to.as_mut_ptr(), 16, 0);
         succeeded(bpf_l4_csum_replace(ctx.skb.skb, checksum, 0, difference as u64, flags))?;
         if flags & u64::from(BPF_F_PSEUDO_HDR) != 0 {
             // The helper takes the address to be outside of what a device sums up (CHECKSUM_COMPLETE), as IPv4's
@@ -178,6 +179,6 @@ fn set_sctp_ports(packet: &Rewrite<'_>, old: u32, new: u32) -> Result<(), Rewrit
 /// [`kproxy_common::crc32c_change`] as a global function: the verifier checks its loops once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn sctp_checksum_change(difference: u32, length: u32) -> u32 {
+pub extern "C" fn sctp_checksum_change(difference: u32, length: u32) -> u32 {
     kproxy_common::crc32c_change(difference, length)
 }
