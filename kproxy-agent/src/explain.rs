@@ -12,8 +12,8 @@ mod text;
 use anyhow::Result;
 use kproxy_common::{
     Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, PacketMeta,
-    PacketVerdict, Protocol, Resolution, ServiceInfo, Side, SocketCall, SocketVerdict, Tables, TcpFlags,
-    TrafficPolicy, choose, client_of, is_masked, new_egress, resolve, socket_connection,
+    PacketVerdict, Piece, Protocol, Resolution, ServiceInfo, Side, SocketCall, SocketVerdict, Tables,
+    TcpFlags, TrafficPolicy, choose, client_of, is_masked, new_egress, resolve, socket_connection,
 };
 
 pub use self::{
@@ -180,7 +180,7 @@ fn unserved(tables: &impl Tables, query: &Query) -> (Verdict, kproxy_common::Rea
         destination_port: query.port,
         protocol: query.protocol,
         tcp: TcpFlags::default(),
-        is_later_fragment: false,
+        piece: Piece::Whole,
     };
     match new_egress(tables, &packet) {
         PacketVerdict::Pass { reason } => (Verdict::Pass, reason),

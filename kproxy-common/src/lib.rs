@@ -34,8 +34,8 @@ pub use layout::{
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,
-    PacketMeta, PacketVerdict, Quick, TcpFlags, follow_fragment, known_egress, known_ingress, new_egress,
-    new_ingress, on_egress, on_icmp, on_ingress, on_other_protocol, open_ingress, quick_egress,
+    PacketMeta, PacketVerdict, Piece, Quick, TcpFlags, follow_fragment, known_egress, known_ingress,
+    new_egress, new_ingress, on_egress, on_icmp, on_ingress, on_other_protocol, open_ingress, quick_egress,
     quick_ingress,
 };
 pub use reason::Reason;

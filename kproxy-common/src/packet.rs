@@ -13,7 +13,7 @@ mod life;
 mod mask;
 
 pub use egress::{known_egress, new_egress, on_egress, quick_egress};
-pub use fragment::{FRAGMENT_TIMEOUT, FragmentKey, FragmentPorts, follow_fragment, on_other_protocol};
+pub use fragment::{FRAGMENT_TIMEOUT, FragmentKey, FragmentPorts, Piece, follow_fragment, on_other_protocol};
 pub use icmp::{IcmpKind, IcmpMeta, IcmpVerdict, on_icmp};
 pub use ingress::{known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
 
@@ -184,8 +184,8 @@ pub struct PacketMeta {
     pub protocol: Protocol,
     /// TCP's flags.
     pub tcp: TcpFlags,
-    /// Whether this is a fragment that has no ports itself: they are those of the datagram's first.
-    pub is_later_fragment: bool,
+    /// How much of its datagram it is.
+    pub piece: Piece,
 }
 
 /// What is done with a packet. It is reached before the first octet is written.
@@ -227,6 +227,18 @@ impl Quick {
     #[inline(always)]
     fn decided(decision: Decision) -> Self {
         Self::Verdict(decision.into())
+    }
+
+    /// What is said about a packet that may be something else than a whole TCP or UDP packet without options: whether and
+    /// how that can be rewritten, the part for packets of a flow decides.
+    #[inline(always)]
+    pub fn of_any_form(self) -> Self {
+        match self {
+            Self::Verdict(PacketVerdict::SetDestination { .. } | PacketVerdict::SetSource { .. }) => {
+                Self::Known
+            }
+            said => said,
+        }
     }
 }
 
@@ -278,6 +290,28 @@ impl Decision {
     }
 }
 
+impl Decision {
+    /// What becomes of a packet about which this was decided, whatever its form. SCTP's checksum covers all of its datagram
+    /// and none of its addresses: how another port changes it depends on a length that a fragment does not tell.
+    #[inline(always)]
+    fn about(self, packet: &PacketMeta) -> PacketVerdict {
+        if packet.is_sctp_fragment() && self.changes_ports(packet) {
+            return Self::drop(Reason::SctpFragment).into();
+        }
+        self.into()
+    }
+
+    #[inline(always)]
+    fn changes_ports(&self, packet: &PacketMeta) -> bool {
+        let (old, client) = match self.what {
+            What::SetDestination => (packet.destination_port, packet.source_port),
+            What::SetSource => (packet.source_port, packet.destination_port),
+            What::Pass | What::Drop | What::Refuse => return false,
+        };
+        self.port != old || self.client_port != 0 && self.client_port != client
+    }
+}
+
 impl From<Decision> for PacketVerdict {
     #[inline(always)]
     fn from(decision: Decision) -> Self {
@@ -313,6 +347,16 @@ impl PacketMeta {
             port: self.destination_port,
             protocol: self.protocol,
         }
+    }
+
+    #[inline(always)]
+    fn is_later_fragment(&self) -> bool {
+        matches!(self.piece, Piece::Later)
+    }
+
+    #[inline(always)]
+    fn is_sctp_fragment(&self) -> bool {
+        matches!(self.protocol, Protocol::Sctp) && !matches!(self.piece, Piece::Whole)
     }
 
     /// Whether a packet without a flow can begin one. Of connections only what opens them, so that taking over from

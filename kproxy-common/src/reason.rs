@@ -77,6 +77,8 @@ reasons! {
     RefusalsLimited = 24, "refusals-limited";
     /// A packet program's second part is not there: the packet was left alone.
     ProgramMissing = 25, "program-missing";
+    /// A fragment of SCTP whose ports would change, or that would open an association: its checksum could not be made up for.
+    SctpFragment = 26, "sctp-fragment";
 }
 
 #[cfg(test)]

@@ -99,9 +99,9 @@ extern "C" fn take_key() -> u64 {
         // Of those that find none, the kernel lets one through.
         None => maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok(),
         Some(FlowState::Closed) => replace_ended(key, flow),
-        Some(
-            FlowState::Opening | FlowState::Answered | FlowState::Established | FlowState::Finished,
-        ) => false,
+        Some(FlowState::Opening | FlowState::Answered | FlowState::Established | FlowState::Finished) => {
+            false
+        }
     };
     if !is_added {
         return 0;
@@ -152,9 +152,8 @@ extern "C" fn move_from_flow() -> u64 {
     if maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_err() {
         // One of its own from before it was established, where others were evicted and it began anew. What has ended is
         // there for others to take.
-        let is_own = transient(key).is_some_and(|other| {
-            !matches!(other.state, FlowState::Closed) && leads_alike(other, flow)
-        });
+        let is_own = transient(key)
+            .is_some_and(|other| !matches!(other.state, FlowState::Closed) && leads_alike(other, flow));
         if is_own {
             let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, EXIST);
         }

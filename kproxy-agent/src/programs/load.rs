@@ -13,7 +13,7 @@ use aya::{
     maps::{HashMap, ProgramArray},
     programs::{Program, ProgramError, ProgramFd},
 };
-use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, map_names as names};
+use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, Reason, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::pins::Pins;
@@ -55,7 +55,7 @@ impl Default for Capacities {
 }
 
 impl Capacities {
-    /// The entries of a map, where they depend on the node rather than on the program.
+    /// The entries of a map, where they depend on the node, or are others in another version of the same layout.
     pub(super) fn of(&self, map: &str) -> Option<u32> {
         match map {
             names::FRONTEND | names::SERVICE | names::SERVICE_INFO | names::ADDRESS | names::COUNTER => {
@@ -65,6 +65,7 @@ impl Capacities {
             names::SOURCE_RANGE => Some(self.source_ranges),
             names::FLOW => Some(self.flows.saturating_mul(2)),
             names::AFFINITY | names::FLOW_TRANSIENT => Some(self.flows),
+            names::REASON => Some(Reason::ALL.len() as u32),
             _ => None,
         }
     }

@@ -6,13 +6,13 @@ use etherparse::{
     IpFragOffset, IpHeaders, IpNumber, Ipv6FragmentHeader, SlicedPacket,
     defrag::{IpDefragPayloadVec, IpDefragPool},
 };
-use kproxy_common::{Protocol, Reason};
+use kproxy_common::{Protocol, Reason, map_names};
 
 use crate::{
-    cluster::{Family, Service, Who},
+    cluster::{Family, Port, Service, Who},
     flow::Flow,
-    frame::{ACK, Frame, Link, PSH},
-    world::{Action, At, Device, ROOM, World, in_world},
+    frame::{ACK, Frame, Link, PSH, SYN},
+    world::{Action, At, Device, Outcome, ROOM, World, in_world},
 };
 
 /// Octets of IP payload in a fragment: a multiple of eight, and so little that there are three.
@@ -88,6 +88,39 @@ fn together(link: Link, fragments: &[Vec<u8>], like: &Frame) -> Option<Frame> {
     Some(Frame::read(link, &bytes).expect("it is sound, its checksum too"))
 }
 
+/// What comes out of the program at this hook when the packet arrives there in fragments, in this order.
+fn pass(
+    world: &mut World,
+    (at, link): (At, Link),
+    packet: &Frame,
+    id: u16,
+    order: [usize; 3],
+) -> Vec<(Outcome, Vec<(Reason, u64)>)> {
+    let pieces = fragments(packet, id);
+    assert_eq!(pieces.len(), order.len());
+    let pass = |which: usize| (world.run(at, link, &pieces[which]), world.newly_counted());
+    order.map(pass).to_vec()
+}
+
+/// The fragments have gone on, and are those of the packet with these ends.
+fn check_follow(passed: Vec<(Outcome, Vec<(Reason, u64)>)>, packet: &Frame, expected: &Frame, about: &str) {
+    let link = if packet.ethernet.is_some() { Link::Ethernet } else { Link::Ip };
+    let sent = passed.into_iter().map(|(outcome, counted)| {
+        assert_eq!(outcome.action, Action::Next, "{about}: {counted:?}");
+        assert_eq!(counted, [(Reason::Forwarded, 1)], "{about}");
+        outcome.bytes
+    });
+    let arrived = together(link, &sent.collect::<Vec<_>>(), packet).expect("they are all there");
+    assert_eq!(arrived.bytes(), expected.bytes(), "{about}");
+}
+
+/// The rest comes in any order, as long as the first comes first.
+const ORDERS: [[usize; 3]; 2] = [[0, 1, 2], [0, 2, 1]];
+
+fn payload() -> Vec<u8> {
+    (0..1_200).map(|at| (at % 251) as u8).collect()
+}
+
 #[test]
 fn fragments_follow_their_first() {
     in_world(ROOM, |world| {
@@ -98,29 +131,91 @@ fn fragments_follow_their_first() {
                     continue;
                 }
                 let link = flow.link_at(at);
-                let payload: Vec<u8> = (0..1_200).map(|at| (at % 251) as u8).collect();
-                let packet = Frame::of(flow.protocol, link, from, to, ACK | PSH).with_payload(&payload);
-                // The rest in any order, as long as the first comes first.
-                for order in [[0, 1, 2], [0, 2, 1]] {
+                let packet = Frame::of(flow.protocol, link, from, to, ACK | PSH).with_payload(&payload());
+                let expected = packet.clone().with_source(then_from).with_destination(then_to);
+                for order in ORDERS {
                     id += 1;
-                    let pieces = fragments(&packet, id);
-                    assert_eq!(pieces.len(), order.len());
-                    let pass = |which: usize| {
-                        let outcome = world.run(at, link, &pieces[which]);
-                        let counted = world.newly_counted();
-                        let about = || format!("{} {at:?}, fragment {which}", flow.about());
-                        assert_eq!(outcome.action, Action::Next, "{}: {counted:?}", about());
-                        assert_eq!(counted, [(Reason::Forwarded, 1)], "{}", about());
-                        outcome.bytes
-                    };
-                    let sent: Vec<_> = order.map(pass).to_vec();
-                    let expected = packet.clone().with_source(then_from).with_destination(then_to);
-                    let arrived = together(link, &sent, &packet).expect("they are all there");
-                    assert_eq!(arrived.bytes(), expected.bytes(), "{} {at:?}", flow.about());
+                    let passed = pass(world, (at, link), &packet, id, order);
+                    check_follow(passed, &packet, &expected, &format!("{} {at:?}", flow.about()));
                 }
             }
         });
     });
+}
+
+/// The checksum of SCTP does not cover addresses: where these alone change, fragments follow.
+#[test]
+fn sctp_in_fragments_follows_where_its_ports_stay() {
+    in_world(ROOM, |world| {
+        let mut service = Service::new(1, &[Who::Here(1)]);
+        service.ports = vec![Port { port: 3_868, node_port: 30_701, target: 3_868, protocol: "SCTP" }];
+        world.have(&[service]);
+        for family in [Family::V4, Family::V6] {
+            let [client, frontend, backend] =
+                [(Who::Client(1), 20_000), (Who::LoadBalancer(1), 3_868), (Who::Here(1), 3_868)]
+                    .map(|(who, port)| who.at(family, port));
+            let hook = (At::In(Device::Uplink), Link::Ethernet);
+            let back = (At::Out(Device::Uplink), Link::Ethernet);
+            let of = |from, to, flags| Frame::of(Protocol::Sctp, Link::Ethernet, from, to, flags);
+            // While the association is opened and when it is established, both ways.
+            let (_, sent) = world.meet(hook.0, hook.1, &of(client, frontend, SYN));
+            assert_eq!(sent.map(|sent| sent.destination()), Some(backend));
+            let mut id = 0;
+            for _ in 0..2 {
+                for ((from, to), (then_from, then_to), hook) in [
+                    ((client, frontend), (client, backend), hook),
+                    ((backend, client), (frontend, client), back),
+                ] {
+                    for order in ORDERS {
+                        id += 1;
+                        let packet = of(from, to, ACK).with_payload(&payload());
+                        let passed = pass(world, hook, &packet, id, order);
+                        let expected = packet.clone().with_source(then_from).with_destination(then_to);
+                        check_follow(passed, &packet, &expected, &format!("{from} to {to}"));
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Where ports would change, all fragments are dropped, whichever way they go: none leaves half translated, or not at all.
+#[test]
+fn sctp_in_fragments_goes_nowhere_where_its_ports_change() {
+    in_world(ROOM, |world| {
+        let mut id = 0;
+        Flow::each(world, &[Protocol::Sctp], |world, flow| {
+            for (at, [from, to], then) in flow.places() {
+                if [from, to] == then {
+                    continue;
+                }
+                let link = flow.link_at(at);
+                let packet = Frame::of(flow.protocol, link, from, to, ACK).with_payload(&payload());
+                id += 1;
+                check_dropped(world, (at, link), &packet, id, &format!("{} {at:?}", flow.about()));
+            }
+        });
+        // Nor do they open anything.
+        world.forget();
+        for family in [Family::V4, Family::V6] {
+            let (client, frontend) = (Who::Client(9).at(family, 20_000), Who::ClusterIp(2).at(family, 3_868));
+            let packet =
+                Frame::of(Protocol::Sctp, Link::Ethernet, client, frontend, SYN).with_payload(&payload());
+            let first = &fragments(&packet, 7)[0];
+            let outcome = world.run(At::In(Device::Uplink), Link::Ethernet, first);
+            assert_eq!((outcome.action, &outcome.bytes), (Action::Drop, first));
+            assert_eq!(world.newly_counted(), [(Reason::SctpFragment, 1)]);
+        }
+        assert!(world.entries(map_names::FLOW_TRANSIENT).is_empty());
+    });
+}
+
+fn check_dropped(world: &mut World, hook: (At, Link), packet: &Frame, id: u16, about: &str) {
+    let pieces = fragments(packet, id);
+    for (piece, (outcome, counted)) in pieces.iter().zip(pass(world, hook, packet, id, [0, 1, 2])) {
+        assert_eq!((outcome.action, &outcome.bytes), (Action::Drop, piece), "{about}: {counted:?}");
+        assert_eq!(counted, [(Reason::SctpFragment, 1)], "{about}");
+    }
 }
 
 #[test]

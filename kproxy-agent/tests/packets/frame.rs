@@ -6,7 +6,7 @@ use etherparse::{
     EtherType, Ethernet2Header, IpHeaders, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader,
     UdpHeader,
 };
-use kproxy_common::{PacketMeta, Protocol, TcpFlags};
+use kproxy_common::{PacketMeta, Piece, Protocol, TcpFlags};
 
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 1 << 1;
@@ -260,7 +260,7 @@ impl Frame {
                 Transport::Udp(..) => TcpFlags::default(),
                 Transport::Sctp(header) => TcpFlags::of_sctp_chunk(header.chunk),
             },
-            is_later_fragment: false,
+            piece: Piece::Whole,
         }
     }
 

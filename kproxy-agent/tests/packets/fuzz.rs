@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use kproxy_common::{Address, PacketMeta, PacketVerdict, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, PacketMeta, PacketVerdict, Piece, Protocol, Reason, TcpFlags};
 use serde_json::json;
 
 use crate::{
@@ -249,11 +249,15 @@ impl Reading {
         let (protocol, least) = match (number, fragment) {
             (6, _) => (Protocol::Tcp, 16),
             (17, _) => (Protocol::Udp, 8),
-            (132, None) => (Protocol::Sctp, 16),
+            (132, _) => (Protocol::Sctp, 16),
             (1 | 58, None) => return Some(Read::Message),
             _ => return Some(Read::Other(destination)),
         };
-        let is_later_fragment = fragment.is_some_and(|(_, is_first)| !is_first);
+        let piece = match fragment {
+            None => Piece::Whole,
+            Some((_, true)) => Piece::First,
+            Some((_, false)) => Piece::Later,
+        };
         let mut meta = PacketMeta {
             source,
             destination,
@@ -261,9 +265,9 @@ impl Reading {
             destination_port: 0,
             protocol,
             tcp: TcpFlags::of_sctp_chunk(0),
-            is_later_fragment,
+            piece,
         };
-        if !is_later_fragment {
+        if piece != Piece::Later {
             let rest = ip.get(length..)?;
             if rest.len() < least {
                 return None;
@@ -298,7 +302,7 @@ impl Reading {
         };
         let mut expected = before.to_vec();
         expected[at..at + length].copy_from_slice(&address.octets()[16 - length..]);
-        let has_ports = !self.meta.is_later_fragment;
+        let has_ports = self.meta.piece != Piece::Later;
         let checksum = self.transport
             + match self.meta.protocol {
                 Protocol::Tcp => 16,
@@ -451,9 +455,15 @@ fn fold(mut sum: u32) -> u16 {
 
 fn services() -> Vec<Service> {
     let both = [Who::Here(1), Who::There(1)];
+    let mut sctp_keeps_ports = Service::new(2, &[Who::There(1)]);
+    for port in &mut sctp_keeps_ports.ports {
+        if port.protocol == "SCTP" {
+            port.target = port.port;
+        }
+    }
     vec![
         Service::new(1, &both),
-        Service::new(2, &[Who::There(1)]),
+        sctp_keeps_ports,
         Service::new(3, &[]),
         Service::new(4, &both).with_spec(json!({"externalTrafficPolicy": "Local"})),
     ]

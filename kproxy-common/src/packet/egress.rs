@@ -9,7 +9,7 @@ use crate::{ClientKind, FlowState, Hook, Protocol, Reason, Resolution, Role, Tab
 /// answer of a backend, perhaps something of this host that should have been translated before it got here.
 #[inline(always)]
 pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
-    match quick_egress(tables, packet) {
+    match quick_egress(tables, packet).of_any_form() {
         Quick::Verdict(verdict) => verdict,
         Quick::Known => known_egress(tables, packet, device),
         Quick::New => new_egress(tables, packet),
@@ -50,7 +50,7 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
 pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
     if let Some(flow) = tables.flow(packet, Hook::Egress) {
         life::advance(tables, packet, Hook::Egress, &flow);
-        return flow.set_source().into();
+        return flow.set_source().about(packet);
     }
     let Some(mut flow) = tables.transient(packet, Hook::Egress) else {
         // It has just been evicted.
@@ -66,7 +66,7 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
     };
     let decision =
         if matches!(reason, Reason::Forwarded) { flow.set_source() } else { Decision::drop(reason) };
-    decision.into()
+    decision.about(packet)
 }
 
 /// The part of [`on_egress`] that is for packets without a flow. Pods' and strangers' packets were decided about where

@@ -7,6 +7,18 @@ use crate::{Address, AddressKind, Hook, Reason, Tables};
 /// (`ipfrag_time`).
 pub const FRAGMENT_TIMEOUT: u64 = 30_000_000_000;
 
+/// How much of a datagram a packet is.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Piece {
+    /// All of it.
+    Whole = 0,
+    /// Its first fragment, which has the ports.
+    First = 1,
+    /// A fragment that has no ports itself: they are those of the first.
+    Later = 2,
+}
+
 /// Key of `fragment`: a datagram, at the hook where its fragments arrive.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -62,7 +74,7 @@ pub fn follow_fragment<T: FlowTables>(
         _pad: 0,
     };
     let now = tables.now();
-    if !packet.is_later_fragment {
+    if !packet.is_later_fragment() {
         let (source_port, destination_port) = (packet.source_port, packet.destination_port);
         tables.remember_fragment(&key, &FragmentPorts { seen: now, source_port, destination_port, _pad: 0 });
         return None;

@@ -17,7 +17,7 @@ pub fn on_ingress<T: FlowTables>(
     client: ClientKind,
     device: u32,
 ) -> PacketVerdict {
-    match quick_ingress(tables, packet, client) {
+    match quick_ingress(tables, packet, client).of_any_form() {
         Quick::Verdict(verdict) => verdict,
         Quick::Known => known_ingress(tables, packet),
         Quick::New => match new_ingress(tables, packet, client) {
@@ -72,7 +72,7 @@ pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVe
         // It has just been evicted.
         Decision::drop(Reason::NoFlow)
     };
-    decision.into()
+    decision.about(packet)
 }
 
 /// The part of [`on_ingress`] that is for packets without a flow, or that begin one anew.
@@ -144,7 +144,11 @@ fn open<T: FlowTables>(
 /// is no reason.
 #[inline(always)]
 pub(super) fn objection(packet: &PacketMeta) -> Reason {
-    if packet.is_later_fragment {
+    if packet.is_sctp_fragment() {
+        // An INIT is alone in its packet, and short (RFC 9260, 6.10).
+        return Reason::SctpFragment;
+    }
+    if packet.is_later_fragment() {
         // Its first was not translated either: refused, dropped, or its flow is gone since.
         return Reason::EarlyFragment;
     }

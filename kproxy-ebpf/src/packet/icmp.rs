@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::{bpf_l3_csum_replace, bpf_l4_csum_replace},
     programs::TcContext,
 };
-use kproxy_common::{Address, Hook, IcmpKind, IcmpMeta, IcmpVerdict, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, Hook, IcmpKind, IcmpMeta, IcmpVerdict, Piece, Protocol, Reason, TcpFlags};
 
 use super::{
     access::{RewriteFailed, reach, read, store, succeeded},
@@ -109,7 +109,7 @@ fn read_quoted(ctx: &TcContext, message: &mut Message, at: u32, is_v4: bool) {
     message.meta.quoted.source_port = (ports >> 16) as u16;
     message.meta.quoted.destination_port = ports as u16;
     message.meta.quoted.tcp = TcpFlags::default();
-    message.meta.quoted.is_later_fragment = false;
+    message.meta.quoted.piece = Piece::Whole;
     message.meta.quotes = true;
     message.network = at;
     message.transport = transport;

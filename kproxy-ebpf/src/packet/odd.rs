@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::TcContext;
 use kproxy_common::{
-    Address, Hook, PacketVerdict, Protocol, Quick, Reason, TcpFlags, follow_fragment, on_other_protocol,
+    Address, Hook, Piece, Protocol, Quick, Reason, TcpFlags, follow_fragment, on_other_protocol,
     quick_egress, quick_ingress,
 };
 
@@ -44,20 +44,20 @@ pub fn go_on(ctx: &TcContext, hook: Hook) -> i32 {
         Hook::Egress => Part::OutIcmp,
     };
     match (protocol, &fragment) {
-        // SCTP's checksum covers the whole datagram, of which a fragment does not tell the length.
-        (6 | 17, _) | (132, None) => {}
+        (6 | 17 | 132, _) => {}
         (1 | 58, None) => return call(ctx, icmp),
         _ => {
             let verdict = on_other_protocol(&KERNEL, &parsed.meta.destination);
             return leave(ctx, parsed, verdict);
         }
     }
-    let is_first = match &fragment {
-        Some(fragment) => fragment.is_first,
-        None => true,
+    let piece = match &fragment {
+        None => Piece::Whole,
+        Some(Fragment { is_first: true, .. }) => Piece::First,
+        Some(Fragment { is_first: false, .. }) => Piece::Later,
     };
-    parsed.meta.is_later_fragment = !is_first;
-    if is_first {
+    parsed.meta.piece = piece;
+    if !matches!(piece, Piece::Later) {
         if let Err(reason) = transport(ctx, parsed, protocol) {
             return next(reason);
         }
@@ -78,13 +78,9 @@ pub fn go_on(ctx: &TcContext, hook: Hook) -> i32 {
         Hook::Ingress => (quick_ingress(&KERNEL, &parsed.meta, parsed.client), Part::InKnown, Part::InNew),
         Hook::Egress => (quick_egress(&KERNEL, &parsed.meta), Part::OutKnown, Part::OutNew),
     };
-    match quick {
+    match quick.of_any_form() {
         Quick::New => call(ctx, new),
-        // What rewrites packets of every form calls functions.
-        Quick::Known
-        | Quick::Verdict(PacketVerdict::SetDestination { .. } | PacketVerdict::SetSource { .. }) => {
-            call(ctx, known)
-        }
+        Quick::Known => call(ctx, known),
         Quick::Verdict(verdict) => leave(ctx, parsed, verdict),
     }
 }

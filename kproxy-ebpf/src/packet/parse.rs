@@ -1,7 +1,7 @@
 //! What a packet's headers say.
 
 use aya_ebpf::programs::TcContext;
-use kproxy_common::{Address, Balance, ClientKind, PacketMeta, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, Balance, ClientKind, PacketMeta, Piece, Protocol, Reason, TcpFlags};
 
 use super::access::{reach, read};
 use crate::maps;
@@ -106,7 +106,7 @@ pub fn quick(ctx: &TcContext, parsed: &mut Parsed) -> Result<(), Unusual> {
             (u32::from_be(header[1]) >> 8) as u8
         }
     };
-    parsed.meta.is_later_fragment = false;
+    parsed.meta.piece = Piece::Whole;
     match protocol {
         6 | 17 => transport(ctx, parsed, protocol).map_err(Unusual::Nobodys),
         1 | 58 => Err(Unusual::Icmp),

@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::{bpf_csum_diff, bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace},
     programs::TcContext,
 };
-use kproxy_common::{Address, PacketMeta, Protocol};
+use kproxy_common::{Address, PacketMeta, Piece, Protocol};
 
 use super::{
     access::{RewriteFailed, read, store, succeeded},
@@ -35,6 +35,11 @@ impl<'a> Rewrite<'a> {
     #[inline(always)]
     pub fn any(ctx: &'a TcContext, parsed: &'a Parsed) -> Self {
         Self { is_any: true, ..Self::quick(ctx, parsed) }
+    }
+
+    #[inline(always)]
+    fn is_later_fragment(&self) -> bool {
+        self.is_any && matches!(self.meta.piece, Piece::Later)
     }
 }
 
@@ -122,7 +127,7 @@ pub fn replace_v6(ctx: &TcContext, checksum: u32, difference: i64, flags: u64) -
 #[inline(always)]
 fn set_ports(packet: &Rewrite<'_>, source: u16, destination: u16) -> Result<(), RewriteFailed> {
     let meta = packet.meta;
-    if packet.is_any && meta.is_later_fragment {
+    if packet.is_later_fragment() {
         return Ok(());
     }
     let both = |source: u16, destination: u16| (u32::from(source) << 16 | u32::from(destination)).to_be();
@@ -145,7 +150,7 @@ fn set_ports(packet: &Rewrite<'_>, source: u16, destination: u16) -> Result<(), 
 /// means that there is none and stays so.
 #[inline(always)]
 fn checksum(packet: &Rewrite<'_>) -> Option<(u32, u64)> {
-    if packet.is_any && (packet.meta.is_later_fragment || matches!(packet.meta.protocol, Protocol::Sctp)) {
+    if packet.is_later_fragment() || packet.is_any && matches!(packet.meta.protocol, Protocol::Sctp) {
         return None;
     }
     Some(match packet.meta.protocol {
