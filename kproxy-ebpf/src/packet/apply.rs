@@ -22,47 +22,39 @@ pub const DROP: i32 = TC_ACT_SHOT;
 /// Applies a verdict about a TCP or UDP packet of the usual form, in a part that calls no functions.
 #[inline(always)]
 pub fn apply_quickly(ctx: &TcContext, parsed: &mut Parsed, verdict: PacketVerdict) -> i32 {
-    let packet = Rewrite::quick(ctx, parsed);
-    let rewritten = match verdict {
-        PacketVerdict::Pass { reason } => return next(reason),
-        PacketVerdict::Drop { reason } | PacketVerdict::Refuse { reason } => {
-            return drop_elsewhere(ctx, parsed, reason);
-        }
-        PacketVerdict::SetDestination { address, port, client_port } => {
-            mark::sent_on(ctx);
-            set_destination(&packet, &address, port, client_port)
-        }
-        PacketVerdict::SetSource { address, port, client_port } => {
-            set_source(&packet, &address, port, client_port)
-        }
-    };
-    match rewritten {
-        Ok(()) => next(Reason::Forwarded),
-        // Half rewritten is worse than lost.
-        Err(RewriteFailed) => drop_elsewhere(ctx, parsed, Reason::RewriteFailed),
+    match carry_out(ctx, &Rewrite::quick(ctx, parsed), verdict) {
+        Ok(reason) => next(reason),
+        Err(reason) => drop_elsewhere(ctx, parsed, reason),
     }
 }
 
 /// Applies a verdict about any packet. Refusals have a part of their own.
 #[inline(always)]
 pub fn apply(ctx: &TcContext, parsed: &Parsed, verdict: PacketVerdict) -> i32 {
-    let packet = Rewrite::any(ctx, parsed);
+    match carry_out(ctx, &Rewrite::any(ctx, parsed), verdict) {
+        Ok(reason) => next(reason),
+        Err(reason) => drop(ctx, parsed, reason),
+    }
+}
+
+/// Rewrites the packet if it is to be. Why it goes on, or why it goes no further.
+#[inline(always)]
+fn carry_out(ctx: &TcContext, packet: &Rewrite<'_>, verdict: PacketVerdict) -> Result<Reason, Reason> {
     let rewritten = match verdict {
-        PacketVerdict::Pass { reason } => return next(reason),
-        PacketVerdict::Drop { reason } | PacketVerdict::Refuse { reason } => {
-            return drop(ctx, parsed, reason);
-        }
+        PacketVerdict::Pass { reason } => return Ok(reason),
+        PacketVerdict::Drop { reason } | PacketVerdict::Refuse { reason } => return Err(reason),
         PacketVerdict::SetDestination { address, port, client_port } => {
             mark::sent_on(ctx);
-            set_destination(&packet, &address, port, client_port)
+            set_destination(packet, &address, port, client_port)
         }
         PacketVerdict::SetSource { address, port, client_port } => {
-            set_source(&packet, &address, port, client_port)
+            set_source(packet, &address, port, client_port)
         }
     };
     match rewritten {
-        Ok(()) => next(Reason::Forwarded),
-        Err(RewriteFailed) => drop(ctx, parsed, Reason::RewriteFailed),
+        Ok(()) => Ok(Reason::Forwarded),
+        // Half rewritten is worse than lost.
+        Err(RewriteFailed) => Err(Reason::RewriteFailed),
     }
 }
 
