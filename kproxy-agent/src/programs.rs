@@ -12,8 +12,8 @@ mod sys;
 
 pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
 pub use load::{
-    Capacities, DeviceMask, Features, LoadError, Programs, check_bpf_root, check_on_bpffs, has_set_retval,
-    has_tcx, pinned_maps,
+    Capacities, DeviceMask, Features, LoadError, OBJECT, Programs, check_bpf_root, check_on_bpffs,
+    has_set_retval, has_tcx, pinned_maps,
 };
 pub use pins::remove_next;
 pub use sockets::SocketIterator;

@@ -22,8 +22,8 @@ use crate::{
     pretend::{Feature, lacks},
 };
 
-/// The compiled programs, `cargo xtask build` puts them here.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
+/// The compiled programs: an ELF file, which `cargo xtask build` puts here.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/kproxy.bpf.o"));
 
 /// How many entries the maps have room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
