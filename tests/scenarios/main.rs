@@ -14,6 +14,7 @@ mod elb;
 mod events;
 mod explain;
 mod fallbacks;
+mod flood;
 mod flows;
 mod health_checks;
 mod input;
@@ -65,6 +66,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, sockets::SCENARIOS),
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
+    (kproxy, flood::SCENARIOS),
     (kproxy, drops::SCENARIOS),
     (kproxy, soak::SCENARIOS),
     (kproxy, fallbacks::SCENARIOS),
