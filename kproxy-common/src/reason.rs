@@ -79,6 +79,8 @@ reasons! {
     ProgramMissing = 25, "program-missing";
     /// A fragment of SCTP whose ports would change, or that would open an association: its checksum could not be made up for.
     SctpFragment = 26, "sctp-fragment";
+    /// A frame with a VLAN tag: left alone. If it is for a VLAN of this host, that has a device of its own, which sees it next.
+    VlanTagged = 27, "vlan-tagged";
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ mod shapes;
 mod soak;
 mod sockets;
 mod source_ranges;
+mod tagged;
 mod traceroute;
 mod tunnels;
 mod udp;
@@ -78,6 +79,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, traceroute::SCENARIOS),
     (kproxy, redirects::SCENARIOS),
     (kproxy, tunnels::SCENARIOS),
+    (kproxy, tagged::SCENARIOS),
     (kproxy, packet_rules::SCENARIOS),
     (kproxy, offloads::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),

@@ -95,6 +95,12 @@ fn judge(
         Action::Next => Came::Untouched,
     };
     // A test run takes the protocol from where it stands behind an Ethernet header, with which it may lie.
+    if [[0x81, 0x00], [0x88, 0xa8]].contains(&[bytes[12], bytes[13]]) {
+        return match (came, reason) {
+            (Came::Untouched, Some(Reason::VlanTagged)) => Ok((came, reason, None)),
+            _ => Err(format!("{came:?} for {reason:?}, with a VLAN's tag")),
+        };
+    }
     let is_as_told =
         bytes[12..14] == [[0x86, 0xdd], [0x08, 0x00]][usize::from(bytes[link.header_length()] >> 4 == 4)];
     let is_sound = is_as_told && Frame::parse(link, bytes).is_ok_and(|frame| frame.has_no_extensions());

@@ -10,6 +10,8 @@ pub const IPV4_HEADER: u32 = 20;
 pub const IPV6_HEADER: u32 = 40;
 /// The longest headers that are read: IPv4 with all options, or IPv6, then TCP without options.
 const LONGEST: u32 = 60 + 20;
+/// The number of a VLAN in its tag.
+const VLAN_ID: u32 = 0xfff;
 /// What is read of a TCP header.
 const TCP_FLAGS_END: u32 = 16;
 
@@ -124,14 +126,18 @@ pub enum Version {
 #[inline(always)]
 pub fn ip_version(ctx: &TcContext) -> Result<Version, Unusual> {
     // SAFETY: the context is valid for the program's run.
-    let (protocol, vlan) = unsafe { ((*ctx.skb.skb).protocol, (*ctx.skb.skb).vlan_present) };
-    // A tag that the device has taken off: the VLAN's own device sees the packet next.
-    if vlan != 0 {
-        return Err(Unusual::Nobodys(Reason::NotAService));
+    let (protocol, is_tagged, tag) =
+        unsafe { ((*ctx.skb.skb).protocol, (*ctx.skb.skb).vlan_present, (*ctx.skb.skb).vlan_tci) };
+    // A tag that was taken off: the VLAN's own device sees the packet next. With the number 0 it says a priority alone
+    // (IEEE 802.1Q, 9.6), and the packet goes on as any other.
+    if is_tagged != 0 && tag & VLAN_ID != 0 {
+        return Err(Unusual::Nobodys(Reason::VlanTagged));
     }
     match u16::from_be(protocol as u16) {
         0x0800 => Ok(Version::V4),
         0x86dd => Ok(Version::V6),
+        // Another tag behind that one, or one that nobody has taken off.
+        0x8100 | 0x88a8 => Err(Unusual::Nobodys(Reason::VlanTagged)),
         _ => Err(Unusual::Nobodys(Reason::NotAService)),
     }
 }
