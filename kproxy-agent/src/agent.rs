@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use kproxy_common::{Address, LAYOUT_VERSION, Owner};
+use kproxy_common::{Address, LAYOUT_VERSION, Owner, map_names};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -29,9 +29,10 @@ use crate::{
     devices::{self, BridgeFrames, Devices, Selection},
     events::Events,
     firewall,
-    maps::kernel::{KernelMaps, owner_text},
-    model::{Change, Model},
+    maps::kernel::{KernelMaps, OptedOutMap, owner_text},
+    model::{Change, Model, NodeConfig},
     node::{self, Lock},
+    opt_outs::OptOuts,
     programs::{Attached, Programs, has_tcx, namespace_cookie},
     source::{Event, kubernetes, manifests},
 };
@@ -67,7 +68,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let node_name = config::node_name(&args.node)?;
     // Wrong flags are told before anything is touched.
     config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
-    config::programs(&args.node, &args.rules, 0, [0, 0], &[])?;
+    config::programs(&args.node, &args.rules, 0, [0, 0], false, &[])?;
     telemetry::addresses(args)?;
     node::demand_capabilities()?;
     let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
@@ -77,7 +78,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let _lock = Lock::take(root, || owner_text(root))?;
     let forward_mark = if args.rules.accept_forward { firewall::FORWARD_MARK } else { 0 };
     let programs = Programs::load(root, &config::capacities(&args.tables), forward_mark)?;
-    let mut maps = KernelMaps::open_pins(|name| programs.pin(name).unwrap_or_else(|| root.join(name)))?;
+    let pin = |name: &str| programs.pin(name).unwrap_or_else(|| root.join(name));
+    let mut maps = KernelMaps::open_pins(pin)?;
     maps.write_owner(&owner(&node_name))?;
     let (mut tables, problems) = maps.restore()?;
     if programs.replace_tables() {
@@ -96,14 +98,20 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let mut watcher = tokio::spawn(devices::watch(sender));
     let first = device_events.recv().await.context("cannot follow the interfaces")?;
     let local = local_addresses(&first);
-    let model = Model::new(config::model(&node_name, &args.node, &args.rules, local)?);
     let cookie = namespace_cookie().context("cannot tell this network namespace")?.unwrap_or(0);
+    let model = Model::new(NodeConfig {
+        has_netns_cookies: cookie != 0,
+        ..config::model(&node_name, &args.node, &args.rules, local)?
+    });
     let connection = connect(args).await?;
     let events = match &connection {
         Some(connection) => Events::start(kubernetes::Recorder::new(connection, &node_name), &node_name),
         None => Events::none(),
     };
     surroundings::look(&events, args.rules.accept_forward);
+    let opted_out = OptedOutMap::open(&pin(map_names::OPTED_OUT))?;
+    let opt_outs = OptOuts::start(opted_out, cgroup.clone(), cookie, events.clone())?;
+    let some_opted_out = maps.read_config()?.some_opted_out != 0;
     let telemetry = Telemetry::start(args, &node_name, root, &events)?;
     let mut agent = Agent {
         args,
@@ -120,6 +128,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_attached: false,
         failed_devices: BTreeMap::new(),
         flows: FlowCare::default(),
+        opt_outs,
+        some_opted_out,
         telemetry,
         events,
         has_write_failures: false,
@@ -173,6 +183,9 @@ struct Agent<'a> {
     is_attached: bool,
     failed_devices: BTreeMap<String, String>,
     flows: FlowCare,
+    opt_outs: OptOuts,
+    /// Whether the programs are to ask which pods are opted out.
+    some_opted_out: bool,
     telemetry: Telemetry,
     events: Events,
     /// Whether the last sync left something unwritten.
@@ -194,9 +207,9 @@ impl Agent<'_> {
         match event {
             Event::Change(change) => {
                 let news = self.telemetry.seen(&change);
+                self.loading.objects += u64::from(!matches!(change, Change::AllPods));
                 let start = Instant::now();
                 let is_known = self.model.take_in(change);
-                self.loading.objects += 1;
                 self.loading.parsing += start.elapsed();
                 if !is_known {
                     self.telemetry.waits(news);
@@ -220,6 +233,10 @@ impl Agent<'_> {
         let now = local_addresses(&self.devices);
         if self.is_attached {
             self.attach_devices();
+            // A pod's sandbox may be another now.
+            if self.some_opted_out {
+                self.opt_outs.look();
+            }
         }
         if before != now {
             self.model.apply(Change::LocalAddresses(now));
@@ -250,11 +267,14 @@ impl Agent<'_> {
             tracing::info!(object = %problem.object, field = problem.field, "resolved: {}", problem.message);
         }
         self.events.problems(&update.new_problems, &update.gone_problems);
-        if let Some(node) = &update.node {
-            let seed = self.syncer.maps().hash_seed()?;
-            let config =
-                config::programs(&self.args.node, &self.args.rules, self.cookie, seed, &node.service_cidrs)?;
-            self.syncer.maps().write_config(&config)?;
+        let some_opted_out = self.some_opted_out;
+        if let Some(opt_outs) = &update.opt_outs {
+            // Before all Pods are known, what an earlier agent wrote stands.
+            self.some_opted_out = !opt_outs.pods.is_empty() || !opt_outs.is_complete && some_opted_out;
+            self.opt_outs.want(opt_outs.clone());
+        }
+        if update.node.is_some() || self.some_opted_out != some_opted_out {
+            self.write_config()?;
         }
         let looked_at = update.services.len();
         let changed = update.services.keys().cloned().collect();
@@ -276,6 +296,9 @@ impl Agent<'_> {
         }
         let is_first = !self.is_attached;
         if is_first {
+            if self.some_opted_out {
+                self.opt_outs.finish();
+            }
             self.attach()?;
         }
         self.flows.synced(self.syncer.tables(), changed, &report);
@@ -326,6 +349,14 @@ impl Agent<'_> {
             host::return_memory();
         }
         Ok(())
+    }
+
+    fn write_config(&mut self) -> Result<()> {
+        let seed = self.syncer.maps().hash_seed()?;
+        let service_cidrs = self.model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
+        let (node, rules) = (&self.args.node, &self.args.rules);
+        let config = config::programs(node, rules, self.cookie, seed, self.some_opted_out, service_cidrs)?;
+        Ok(self.syncer.maps().write_config(&config)?)
     }
 
     fn attach(&mut self) -> Result<()> {

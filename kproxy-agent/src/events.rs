@@ -79,6 +79,8 @@ reasons! {
     DoesNotFit = "DoesNotFit", "Serve", Cluster;
     /// `loadBalancerSourceRanges` of an address in pass-through.
     SourceRangesNotEnforced = "SourceRangesNotEnforced", "Serve", Cluster;
+    /// A Pod that is to be opted out of the socket hooks, and cannot be.
+    CannotOptOut = "CannotOptOut", "Serve", Node;
     /// This node's maps have no room for it.
     TablesFull = "TablesFull", "Serve", Node;
     /// What is wanted could not be written into this node's maps for another reason.
@@ -110,6 +112,7 @@ impl From<ProblemKind> for EventReason {
             ProblemKind::ClaimedTwice => Self::FrontendClaimed,
             ProblemKind::DoesNotFit => Self::DoesNotFit,
             ProblemKind::SourceRangesNotEnforced => Self::SourceRangesNotEnforced,
+            ProblemKind::CannotOptOut => Self::CannotOptOut,
         }
     }
 }

@@ -52,6 +52,8 @@ pub struct Place {
     pub behind: ClientKind,
     /// How that is known, for people: `an address of this node`.
     pub because: String,
+    /// The cookie of its network namespace, if it is a pod that is opted out of the socket hooks; else 0.
+    pub netns_cookie: u64,
 }
 
 /// A Service port in one family, by name.
@@ -162,7 +164,8 @@ fn way(tables: &impl Tables, connection: &Connection, place: &Place) -> Way {
         return Way::Packet;
     }
     // A socket has no address yet when it is asked about.
-    let client = Client { address: connection.destination.any_of_family(), ..connection.client };
+    let (address, netns_cookie) = (connection.destination.any_of_family(), place.netns_cookie);
+    let client = Client { address, netns_cookie, ..connection.client };
     match socket_connection(tables, &Connection { client, ..*connection }, SocketCall::Connect, || 0) {
         SocketVerdict::Translate { .. } => Way::Socket,
         SocketVerdict::Leave { .. } | SocketVerdict::Refuse { .. } => Way::Packet,

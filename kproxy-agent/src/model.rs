@@ -32,7 +32,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use kproxy_common::{Address, Cidr, FrontendKey, Protocol, TrafficPolicy};
 
-use crate::wanted::{ServiceKey, WantedService};
+use crate::wanted::{ServiceKey, WantedOptOuts, WantedService};
 use claims::{Claimant, Claims};
 use compute::{Computed, Context, compute};
 use endpoint_sets::Place;
@@ -57,6 +57,9 @@ pub struct Model {
     affected: Vec<Arc<ServiceKey>>,
     /// What the last [`recompute`](Self::recompute) said of the node.
     wanted_node: Option<WantedNode>,
+    current_opt_outs: WantedOptOuts,
+    /// What the last update said of them.
+    opt_outs: WantedOptOuts,
     problems: Problems,
 }
 
@@ -69,6 +72,8 @@ pub struct Update {
     pub health_checks: BTreeMap<ServiceKey, Option<WantedHealthCheck>>,
     /// What the node wants, if that changed. The first update has it always.
     pub node: Option<WantedNode>,
+    /// Which Pods are opted out of the socket hooks, if that changed.
+    pub opt_outs: Option<WantedOptOuts>,
     /// Problems that were not there before, sorted.
     pub new_problems: Vec<Problem>,
     /// Problems that are no more, sorted.
@@ -118,6 +123,15 @@ impl Model {
                     None => self.service_cidrs.remove(&name),
                 };
             }
+            Change::Pod(key, pod) => {
+                let (addresses, problems) = split(pod.map(|pod| parse::pod(&key, &pod, &self.config)));
+                self.problems.set(ObjectRef::pod(&key), Stage::Parsed, problems);
+                match addresses.flatten() {
+                    Some(addresses) => self.current_opt_outs.pods.insert(key, addresses),
+                    None => self.current_opt_outs.pods.remove(&key),
+                };
+            }
+            Change::AllPods => self.current_opt_outs.is_complete = true,
             Change::LocalAddresses(addresses) => {
                 // Whose ClusterIP stands on an interface now, or no longer.
                 let came_or_went = self.local_addresses.symmetric_difference(&addresses);
@@ -147,6 +161,10 @@ impl Model {
             self.wanted_node = Some(node.clone());
             update.node = Some(node);
         }
+        if self.opt_outs != self.current_opt_outs {
+            self.opt_outs.clone_from(&self.current_opt_outs);
+            update.opt_outs = Some(self.opt_outs.clone());
+        }
         (update.new_problems, update.gone_problems) = self.problems.take_changes();
         update
     }
@@ -169,6 +187,11 @@ impl Model {
     /// What the node wants, as of the last update.
     pub fn wanted_node(&self) -> Option<&WantedNode> {
         self.wanted_node.as_ref()
+    }
+
+    /// Which Pods are opted out of the socket hooks, as of the last update.
+    pub fn opt_outs(&self) -> &WantedOptOuts {
+        &self.opt_outs
     }
 
     /// The node's configuration.

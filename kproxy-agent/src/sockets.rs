@@ -6,7 +6,6 @@
 //! other.
 
 mod diag;
-mod namespaces;
 
 use std::{
     collections::BTreeMap,
@@ -18,11 +17,10 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use kproxy_common::ConnectedSocket;
 
-use self::namespaces::Namespaces;
-use crate::{flows::Serving, programs::SocketIterator};
+use crate::{flows::Serving, namespaces::Namespaces, programs::SocketIterator};
 
 /// As for flows.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
@@ -109,6 +107,12 @@ fn destroy(iterator: &SocketIterator, cgroup: &std::path::Path, serving: &Servin
             }
         }
     })?;
+    if let (hidden @ 1.., false) = (namespaces.hidden(), dead.is_empty()) {
+        bail!(
+            "{hidden} processes hide their network namespaces from the agent, which needs the host's PID namespace (hostPID: \
+             true) and CAP_SYS_PTRACE"
+        );
+    }
     match first_error {
         // Not unusual: a process closed its socket, or connected it elsewhere.
         None => Ok(count),

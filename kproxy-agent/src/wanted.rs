@@ -1,5 +1,7 @@
 //! What one Service wants in the tables: the model's output and the plan's input. Plain values.
 
+use std::collections::BTreeMap;
+
 use kproxy_common::{
     Address, AddressKind, BackendState, Cidr, FrontendKey, FrontendKind, Location, Mode, Protocol,
     ServiceKind, TrafficPolicy,
@@ -18,6 +20,15 @@ impl std::fmt::Display for ServiceKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
+}
+
+/// Which Pods of this node want their sockets left alone.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct WantedOptOuts {
+    /// Those that do, with the addresses by which their network namespaces are found.
+    pub pods: BTreeMap<ServiceKey, Box<[Address]>>,
+    /// Whether all Pods of this node are known: who is not among `pods` is not opted out. Else nobody can tell.
+    pub is_complete: bool,
 }
 
 /// Everything that a Service wants in the tables. A Service that wants nothing has no ports and no addresses.

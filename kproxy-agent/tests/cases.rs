@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use input::{Case, Event, Printed, Step};
 use kproxy::model::{Model, NodeConfig, Problem, Update, WantedHealthCheck, WantedNode};
-use kproxy::wanted::{ServiceKey, WantedService};
+use kproxy::wanted::{ServiceKey, WantedOptOuts, WantedService};
 
 #[test]
 fn cases() {
@@ -117,6 +117,7 @@ struct Follower {
     services: BTreeMap<ServiceKey, WantedService>,
     health_checks: BTreeMap<ServiceKey, WantedHealthCheck>,
     node: WantedNode,
+    opt_outs: WantedOptOuts,
     problems: Vec<Problem>,
 }
 
@@ -127,6 +128,7 @@ impl Follower {
             services: BTreeMap::new(),
             health_checks: BTreeMap::new(),
             node: WantedNode::default(),
+            opt_outs: WantedOptOuts::default(),
             problems: Vec::new(),
         }
     }
@@ -140,7 +142,8 @@ impl Follower {
         for event in events {
             self.model.apply(event.change());
         }
-        let Update { services, health_checks, node, new_problems, gone_problems } = self.model.recompute();
+        let Update { services, health_checks, node, opt_outs, new_problems, gone_problems } =
+            self.model.recompute();
         for (key, wanted) in services {
             let before = self.services.remove(&key);
             ensure!(before != wanted, "{key} is in the update, but did not change");
@@ -155,6 +158,10 @@ impl Follower {
         }
         if let Some(node) = node {
             self.node = node;
+        }
+        if let Some(opt_outs) = opt_outs {
+            ensure!(opt_outs != self.opt_outs, "opted-out Pods are in the update, but did not change");
+            self.opt_outs = opt_outs;
         }
         for problem in gone_problems {
             let at = self.problems.iter().position(|known| *known == problem);
@@ -173,7 +180,7 @@ impl Follower {
     }
 
     fn print(&self) -> String {
-        table::print(&self.services, &self.node, &self.problems)
+        table::print(&self.services, &self.node, &self.opt_outs, &self.problems)
     }
 
     fn print_health(&self) -> String {

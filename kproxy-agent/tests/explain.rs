@@ -117,6 +117,25 @@ fn sockets_of_pods_are_left_alone_where_the_flag_says_so() {
 }
 
 #[test]
+fn a_pod_can_be_opted_out_of_the_socket_hooks() {
+    let folder = Folder::new("opted-out");
+    let pod = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: mesh, namespace: shop, annotations: {kproxy.io/socket-hooks: "false"}}
+spec: {nodeName: node-a, containers: []}
+status: {phase: Running, podIPs: [{ip: 10.244.1.7}]}
+"#;
+    fs::write(folder.path().join("pod.yaml"), pod).unwrap();
+    for (from, way) in [("10.244.1.7", "packet"), ("10.244.1.8", "socket")] {
+        let arguments = ["--from", from, "--to", "10.96.0.30:80", "-o", "json"];
+        let output = explain(folder.path(), &arguments).output().unwrap();
+        let answer: Value = serde_json::from_str(&text(&output).0).unwrap();
+        assert_eq!((&answer["verdict"], &answer["way"]), (&json!("forward"), &json!(way)), "{from}");
+    }
+}
+
+#[test]
 fn lines_in_lines_out() {
     let folder = Folder::new("lines");
     let mut child = explain(folder.path(), &["--queries", "-"])

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use generate::World;
 use kproxy::model::objects::Family;
 use kproxy::model::{Model, NodeConfig, Problem, Update, WantedHealthCheck, WantedNode};
-use kproxy::wanted::{ServiceKey, WantedFrontend, WantedPort, WantedService, WantedSide};
+use kproxy::wanted::{ServiceKey, WantedFrontend, WantedOptOuts, WantedPort, WantedService, WantedSide};
 use kproxy_common::{Address, FrontendKey, FrontendKind, Mode, Options};
 use proptest::prelude::*;
 
@@ -54,7 +54,7 @@ proptest! {
         known.follow()?;
         prop_assert_eq!(known.model.recompute(), Update::default(), "nothing changed, nothing to say");
 
-        let mut fresh = Known::new(config);
+        let mut fresh = Known::new(config.clone());
         for change in world.changes(seed) {
             fresh.model.apply(change);
         }
@@ -62,6 +62,8 @@ proptest! {
         prop_assert_eq!(&known.services, &fresh.services);
         prop_assert_eq!(&known.health_checks, &fresh.health_checks);
         prop_assert_eq!(&known.node, &fresh.node);
+        prop_assert_eq!(&known.opt_outs, &fresh.opt_outs);
+        prop_assert_eq!(&known.opt_outs.pods, &naive::opt_outs(&config, &world));
         prop_assert_eq!(&known.problems, &fresh.problems);
     }
 
@@ -155,6 +157,7 @@ struct Known {
     services: BTreeMap<ServiceKey, WantedService>,
     health_checks: BTreeMap<ServiceKey, WantedHealthCheck>,
     node: Option<WantedNode>,
+    opt_outs: WantedOptOuts,
     problems: BTreeSet<Problem>,
 }
 
@@ -165,12 +168,14 @@ impl Known {
             services: BTreeMap::new(),
             health_checks: BTreeMap::new(),
             node: None,
+            opt_outs: WantedOptOuts::default(),
             problems: BTreeSet::new(),
         }
     }
 
     fn follow(&mut self) -> Result<(), TestCaseError> {
-        let Update { services, health_checks, node, new_problems, gone_problems } = self.model.recompute();
+        let Update { services, health_checks, node, opt_outs, new_problems, gone_problems } =
+            self.model.recompute();
         for (key, wanted) in services {
             prop_assert!(wanted.as_ref().is_none_or(|wanted| wanted.key == key));
             let before = match &wanted {
@@ -193,6 +198,11 @@ impl Known {
             prop_assert_ne!(self.node.as_ref(), Some(&node));
             self.node = Some(node);
         }
+        if let Some(opt_outs) = opt_outs {
+            prop_assert_ne!(&self.opt_outs, &opt_outs);
+            self.opt_outs = opt_outs;
+        }
+        prop_assert_eq!(&self.opt_outs, self.model.opt_outs());
         for problem in gone_problems {
             prop_assert!(self.problems.remove(&problem), "never came: {}", problem);
         }

@@ -32,6 +32,8 @@ pub trait Tables {
     fn backend(&self, slot: u32) -> Option<Backend>;
     /// Whether `client` lies in a source range of frontend `number`.
     fn source_allowed(&self, number: u32, client: &Address) -> bool;
+    /// Whether the pod whose network namespace has this cookie is opted out of the socket hooks.
+    fn opted_out(&self, netns_cookie: u64) -> bool;
     /// Where this client went last.
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers where this client goes.

@@ -70,6 +70,9 @@ pub mod map_names {
     /// Hash, interface index (u32) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent. A
     /// miss: clients are not masked there, their packets are dropped.
     pub const DEVICE: &str = "device";
+    /// Hash, SO_NETNS_COOKIE of a pod's network namespace (u64) to [`OptedOut`](super::OptedOut). Written by the agent,
+    /// inserting and deleting only. A miss: the socket hooks serve the pod.
+    pub const OPTED_OUT: &str = "opted_out";
     /// Array with one element, [`Owner`](super::Owner): who wrote these maps, in which layout.
     pub const OWNER: &str = "owner";
 }
@@ -781,8 +784,10 @@ pub struct Config {
     /// 1: TCP sockets remember the service address, so that getpeername() tells it.
     pub remember_peer: u16,
     /// 1: the socket hooks leave pods' processes alone, whose packets are served (`--socket-hooks host`). 0 in the maps
-    /// of earlier versions too, which had it as the upper half of `remember_peer`.
-    pub host_sockets_only: u16,
+    /// of earlier versions too, which had it and the next as the upper half of `remember_peer`.
+    pub host_sockets_only: u8,
+    /// 1: `opted_out` is to be asked about pods.
+    pub some_opted_out: u8,
     /// The first of the ports that clients are masked with.
     pub mask_ports_first: u32,
     /// How many these are.
@@ -802,6 +807,7 @@ impl Config {
         loopback_node_ports: 0,
         remember_peer: 0,
         host_sockets_only: 0,
+        some_opted_out: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
@@ -823,6 +829,19 @@ pub struct DeviceAddresses {
     pub bridged_v4: u32,
     /// Whether IPv6 clients share such a bridge.
     pub bridged_v6: u32,
+}
+
+/// Value of `opted_out`: which pod the socket hooks leave alone, by its addresses; unspecified where it has none of a
+/// family.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OptedOut {
+    /// The pod's IPv4 address.
+    pub v4: Address,
+    /// Its IPv6 address.
+    pub v6: Address,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
 }
 
 /// Value of `owner`: who wrote these maps. What it says of a dead agent stays until the next one.
@@ -871,6 +890,7 @@ const _: () = {
     assert!(size_of::<ServiceInfo>() == 224);
     assert!(size_of::<Config>() == 40 + 2 * MAX_CIDRS * 20);
     assert!(size_of::<DeviceAddresses>() == 40);
+    assert!(size_of::<OptedOut>() == 40);
     assert!(size_of::<Owner>() == 96);
 };
 

@@ -29,8 +29,8 @@ pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
     DeviceAddresses, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode,
-    NAME_LENGTH, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo,
-    ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
+    NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry, ServiceIdentity,
+    ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,

@@ -281,8 +281,13 @@ pub fn socket_connection<T: Tables>(
 /// Whether the socket hooks leave what this client opens to the packet hooks.
 #[inline(always)]
 fn is_opted_out<T: Tables>(tables: &T, client: &Client) -> bool {
-    matches!(client.kind, ClientKind::Pod)
-        && tables.config().is_some_and(|config| config.host_sockets_only != 0)
+    if !matches!(client.kind, ClientKind::Pod) {
+        return false;
+    }
+    let Some(config) = tables.config() else {
+        return false;
+    };
+    config.host_sockets_only != 0 || config.some_opted_out != 0 && tables.opted_out(client.netns_cookie)
 }
 
 /// The record, brought up to date, if its flow goes on.

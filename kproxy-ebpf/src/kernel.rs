@@ -93,6 +93,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn opted_out(&self, netns_cookie: u64) -> bool {
+        is_opted_out(netns_cookie)
+    }
+
+    #[inline(always)]
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
         // SAFETY: copied at once; the value carries the service, which the decision compares.
         unsafe { maps::AFFINITY.get(key) }.copied()
@@ -314,6 +319,13 @@ impl Scratch {
         packet.write_key(hook, &mut scratch.key);
         Some(scratch)
     }
+}
+
+/// A function of its own, so that a socket program pays for it only where somebody is opted out.
+#[inline(never)]
+fn is_opted_out(netns_cookie: u64) -> bool {
+    // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
+    unsafe { maps::OPTED_OUT.get(netns_cookie) }.is_some()
 }
 
 /// Whether a socket of this host would get what the flow's backend sends to its mask. A listening one counts too: it

@@ -9,7 +9,8 @@ use aya_ebpf::{
 use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
     DeviceAddresses, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
-    FragmentPorts, FrontendKey, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo, SocketRecords,
+    FragmentPorts, FrontendKey, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo,
+    SocketRecords,
 };
 
 const FRONTENDS: usize = 32_768;
@@ -116,5 +117,7 @@ pub static REFUSAL: PerCpuArray<[u64; 32], 1> = PerCpuArray::new();
 pub static PROGRAMS: ProgramArray<{ PACKET_PARTS.len() }> = ProgramArray::new();
 #[btf_map(name = "device")]
 pub static DEVICE: HashMap<u32, DeviceAddresses, 4_096> = HashMap::new();
+#[btf_map(name = "opted_out")]
+pub static OPTED_OUT: HashMap<u64, OptedOut, 1_024> = HashMap::new();
 #[btf_map(name = "owner")]
 pub static OWNER: Array<Owner, 1> = Array::new();

@@ -7,8 +7,9 @@ use kproxy_lab::{Context, ElbSpec, Family, Node, NodeSpec};
 use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, frontend};
+use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually, frontend};
 use crate::objects::Service;
+use crate::opted_out::pod_object;
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::dumps_can_be_read", dumps)];
 
@@ -29,6 +30,7 @@ const MAPS: &[(&str, &[&str])] = &[
     ("reason", &[]),
     ("config", &["host_netns_cookie", "service_cidrs", "cluster_cidrs"]),
     ("owner", &["layout_version", "pid", "node", "version"]),
+    ("opted_out", &["v4", "v6", "since"]),
     ("device", &["value"]),
     ("claim", &["source", "destination", "source_port"]),
     ("fragment", &["source_port", "destination_port", "seen"]),
@@ -60,6 +62,10 @@ fn dumps(ctx: &Context) -> Result<()> {
     let _server = cluster.servers(&["a2"])?;
     let node = cluster.node("node-a")?;
     let mut steps = Steps::new();
+
+    // A Pod that is opted out of the socket hooks.
+    cluster.folder.write("a2-pod.yaml", &pod_object(cluster.lab.pod("a2")?, Some("false")))?;
+    eventually("it in the map", || Ok(dump(node, "opted_out")?.contains("\"value\":").then_some(())))?;
 
     // Something in the tables of flows.
     let outside = Client::at(cluster.lab.host("client")?)?;

@@ -185,6 +185,10 @@ fn forbidden(ctx: &Context) -> Result<()> {
     let is_warning = |line: &kproxy_lab::LogLine| line.mentions("Events cannot be written");
     let line = agent.wait_log("it saying that it may not", DEADLINE, is_warning)?;
     ensure!(line.level == "WARN" && line.mentions("events.k8s.io") && line.mentions("create"), "{line:?}");
+    // Nor may it list Pods, which costs what it says.
+    let is_about_pods = |line: &kproxy_lab::LogLine| line.mentions("kproxy.io/socket-hooks");
+    let line = agent.wait_log("it saying that it reads no Pods", DEADLINE, is_about_pods)?;
+    ensure!(line.level == "WARN" && line.mentions("[\"pods\"]"), "{line:?}");
     apply(&control, &Service::new("web", 10).tcp(80, TARGET).annotation(ELB, "bad").pods(&[lab.pod("a2")?]))?;
     let client = Client::at(lab.pod("a1")?)?;
     let to = std::net::SocketAddr::new(cluster_ip(10, Family::V4), 80);

@@ -14,6 +14,7 @@ use crate::cluster::{Client, DEADLINE, SILENCE, Steps, TARGET, Transport, ask, e
 use crate::control::manifests;
 use crate::dumps;
 use crate::objects::{Service, cluster_ip};
+use crate::opted_out::{Seen, becomes, pod_object};
 
 pub const SCENARIOS: &[Scenario] = &[
     ("kubernetes::kubectl_changes_what_a_connection_does", connections),
@@ -150,6 +151,7 @@ fn connections(ctx: &Context) -> Result<()> {
         starts_during_an_outage(&mut cluster, &client, &web)
     });
     steps.step("API servers are dialled directly, in turn", || dialled_in_turn(&mut cluster, &client, &web));
+    steps.step("a Pod is opted out of the socket hooks", || opted_out(&cluster, &later));
     steps.step("another proxy's Service", || {
         let to = SocketAddr::new(later.cluster_ip(Family::V4), 80);
         cluster.reaches_soon(&client, to, "a2")?;
@@ -335,6 +337,30 @@ fn dialled_in_turn(cluster: &mut Cluster, client: &Client, web: &Service) -> Res
     cluster.agent = cluster.node.agent().kubeconfig(&elsewhere).args(["--api-server", &servers]).start()?;
     cluster.agent.wait_log("the agent being synced", DEADLINE * 2, |line| line.message == "synced")?;
     client.reaches(Transport::Tcp, SocketAddr::new(web.cluster_ip(Family::V4), 80), &["a2"])
+}
+
+/// By its annotation, as long as that is there; what the Pod's kubelet would write is written for it.
+fn opted_out(cluster: &Cluster, later: &Service) -> Result<()> {
+    let pod = cluster.lab.pod("a1")?;
+    cluster.control.kubectl(&["create", "serviceaccount", "default"])?;
+    let object = pod_object(pod, None).replace("containers: []", "containers: [{name: c, image: none}]");
+    cluster.control.apply(&object)?;
+    let ips = format!("[{{\"ip\": \"{}\"}}, {{\"ip\": \"{}\"}}]", pod.v4(), pod.v6());
+    let status =
+        format!("{{\"status\": {{\"phase\": \"Running\", \"podIP\": \"{}\", \"podIPs\": {ips}}}}}", pod.v4());
+    let patch = ["patch", "pod", "a1", "--subresource=status", "--type=merge", "-p", &status];
+    cluster.control.kubectl(&patch)?.success()?;
+    becomes(pod, later, Seen::Backend(TARGET))?;
+    for (annotation, seen) in [
+        ("kproxy.io/socket-hooks=false", Seen::Service),
+        ("kproxy.io/socket-hooks-", Seen::Backend(TARGET)),
+        ("kproxy.io/socket-hooks=false", Seen::Service),
+    ] {
+        cluster.control.kubectl(&["annotate", "pod", "a1", annotation])?.success()?;
+        becomes(pod, later, seen)?;
+    }
+    cluster.control.kubectl(&["delete", "pod", "a1", "--grace-period=0", "--force"])?.success()?;
+    becomes(pod, later, Seen::Backend(TARGET))
 }
 
 fn is_complaint(line: &LogLine) -> bool {

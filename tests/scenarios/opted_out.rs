@@ -8,15 +8,19 @@ use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{
     Check, Cni, Context, EchoServer, ElbSpec, Family, Frontend, Lab, Member, Node, NodeSpec, Pod,
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask_from, family_of};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from, eventually, family_of};
+use crate::dumps::dump;
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::socket_hooks_of_the_host_alone_routed", |ctx| flag(ctx, Cni::RoutedVeth)),
     ("kproxy::socket_hooks_of_the_host_alone_bridge", |ctx| flag(ctx, Cni::Bridge)),
+    ("kproxy::a_pod_is_opted_out_routed", |ctx| annotation(ctx, Cni::RoutedVeth)),
+    ("kproxy::a_pod_is_opted_out_bridge", |ctx| annotation(ctx, Cni::Bridge)),
 ];
 
 const NODE_PORT: u16 = 30_080;
@@ -127,6 +131,155 @@ fn flag(ctx: &Context, cni: Cni) -> Result<()> {
     steps.done()
 }
 
+fn annotation(ctx: &Context, cni: Cni) -> Result<()> {
+    let lab = lab(ctx, cni)?;
+    let services = Services::new(&lab)?;
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], services.all())?;
+    let _servers = servers(&cluster)?;
+    let (pod, beside) = (cluster.lab.pod("a1")?.clone(), cluster.lab.pod("a3")?.clone());
+    let node = cluster.node("node-a")?.clone();
+    let near = &services.near;
+    let mut steps = Steps::new();
+    cluster.folder.write("a1.yaml", &pod_object(&pod, None))?;
+    cluster.folder.write("a3.yaml", &pod_object(&beside, None))?;
+
+    let open = Family::BOTH
+        .into_iter()
+        .map(|family| Open::new(&pod, SocketAddr::new(services.far.cluster_ip(family), 80)))
+        .collect::<Result<Vec<_>>>()?;
+    steps.step("without the annotation", || {
+        open.iter().try_for_each(|open| open.goes_on("b1"))?;
+        connected_to(&pod, near, Seen::Backend(TARGET))
+    });
+    steps.step("what cannot be is said", || {
+        let (strange, host) = (with_name("strange", &pod, "off"), with_name("host", &pod, "false"));
+        let host = host.replace("nodeName: node-a", "nodeName: node-a, hostNetwork: true");
+        cluster.folder.write("odd.yaml", &format!("{strange}---\n{host}"))?;
+        for (name, what) in [("default/strange", "off"), ("default/host", "host's network")] {
+            cluster.agent("node-a")?.wait_log("it naming the Pod", DEADLINE, |line| {
+                line.level == "WARN" && line.mentions(name) && line.mentions(what)
+            })?;
+        }
+        connected_to(&pod, near, Seen::Backend(TARGET))
+    });
+    // Looked for in vain from now on.
+    cluster.folder.write("ghost.yaml", &with_name("ghost", &pod, "false").replace("244", "245"))?;
+    steps.step("the annotation comes", || {
+        cluster.folder.write("a1.yaml", &pod_object(&pod, Some("false")))?;
+        becomes(&pod, near, Seen::Service)?;
+        open.iter().try_for_each(|open| open.goes_on("b1"))
+    });
+    steps.step("everyone else keeps the socket hooks", || {
+        connected_to(&beside, near, Seen::Backend(TARGET))?;
+        connected_to(&node, near, Seen::Backend(TARGET))
+    });
+    is_served_by_packets(&mut steps, &cluster, &services, &pod)?;
+    steps.step("explain says which way", || {
+        for (member, way) in [(&*pod, "packet"), (&beside, "socket"), (&node, "socket")] {
+            let answer = explained(&node, member.v4(), near)?;
+            ensure!(answer["way"] == way, "{}: {answer:#}", member.name());
+        }
+        Ok(())
+    });
+    steps.step("it stays so over a restart", || {
+        let before = elements(&node)?;
+        ensure!(before.as_array().is_some_and(|all| all.len() == 1), "{before:#}");
+        cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+        connected_to(&pod, near, Seen::Service)?;
+        cluster.agent("node-a")?.restart()?;
+        cluster.agent("node-a")?.wait_synced()?;
+        connected_to(&pod, near, Seen::Service)?;
+        ensure!(elements(&node)? == before, "written anew: {:#}", elements(&node)?);
+        Ok(())
+    });
+    steps.step("the annotation goes", || {
+        cluster.folder.write("a1.yaml", &pod_object(&pod, None))?;
+        becomes(&pod, near, Seen::Backend(TARGET))?;
+        is_empty(&node)?;
+        open.iter().try_for_each(|open| open.goes_on("b1"))
+    });
+    steps.step("new maps have it from the beginning", || {
+        cluster.folder.write("a1.yaml", &pod_object(&pod, Some("false")))?;
+        becomes(&pod, near, Seen::Service)?;
+        cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+        let owner = node.bpf_root().join("owner");
+        let update = node.command("bpftool")?.args(["map", "update", "pinned"]).arg(owner);
+        // Of a layout that the next agent does not know.
+        let value = ["99"].into_iter().chain(std::iter::repeat_n("0", 95));
+        update.args(["key", "0", "0", "0", "0", "value"]).args(value).run()?.success()?;
+        cluster.agent("node-a")?.restart()?;
+        cluster.agent("node-a")?.wait_synced()?;
+        connected_to(&pod, near, Seen::Service)?;
+        connected_to(&beside, near, Seen::Backend(TARGET))
+    });
+    steps.step("the Pod goes while there is no agent", || {
+        cluster.agent("node-a")?.kill(Signal::SIGKILL)?;
+        cluster.folder.remove("a1.yaml")?;
+        cluster.agent("node-a")?.restart()?;
+        is_empty(&node)?;
+        becomes(&pod, near, Seen::Backend(TARGET))
+    });
+    steps.step("a Pod without a network namespace here is named", || {
+        cluster.agent("node-a")?.wait_log("it naming the Pod", DEADLINE * 2, |line| {
+            line.level == "WARN" && line.mentions("default/ghost") && line.mentions("no process")
+        })?;
+        Ok(())
+    });
+    steps.step("nothing strayed", || {
+        let strays = cluster.lab.strays()?;
+        ensure!(strays.is_empty(), "{strays:?}");
+        Ok(())
+    });
+    steps.done()
+}
+
+/// The Pod of a pod of the lab, as its kubelet reports it. `socket_hooks`: its annotation.
+pub fn pod_object(pod: &Pod, socket_hooks: Option<&str>) -> String {
+    let annotations =
+        socket_hooks.map(|value| format!(", annotations: {{kproxy.io/socket-hooks: \"{value}\"}}"));
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {}{}}}\nspec: {{nodeName: {}, containers: []}}\n\
+         status: {{phase: Running, podIPs: [{{ip: {}}}, {{ip: \"{}\"}}]}}\n",
+        pod.name(),
+        annotations.unwrap_or_default(),
+        pod.node_name(),
+        pod.v4(),
+        pod.v6()
+    )
+}
+
+/// Another Pod with the same addresses.
+fn with_name(name: &str, pod: &Pod, socket_hooks: &str) -> String {
+    pod_object(pod, Some(socket_hooks)).replace(&format!("name: {},", pod.name()), &format!("name: {name},"))
+}
+
+/// Waits until sockets of the member are connected to what they are to be.
+pub fn becomes(member: &Member, service: &Service, seen: Seen) -> Result<()> {
+    let mut last = None;
+    let what = format!("{} being connected to {seen:?}", member.name());
+    let became = eventually(&what, || match connected_to(member, service, seen) {
+        Ok(()) => Ok(Some(())),
+        Err(error) => {
+            last = Some(error);
+            Ok(None)
+        }
+    });
+    became.with_context(|| last.map(|error| format!("{error:#}")).unwrap_or_default())
+}
+
+/// The map `opted_out`.
+fn elements(node: &Node) -> Result<Value> {
+    Ok(serde_json::from_str(&dump(node, "opted_out")?)?)
+}
+
+/// Waits until nobody is opted out any more.
+fn is_empty(node: &Node) -> Result<()> {
+    eventually("an empty map", || {
+        let all = elements(node)?;
+        Ok(all.as_array().is_some_and(Vec::is_empty).then_some(()))
+    })
+}
+
 /// All that a pod may ask for, whose sockets are left alone; and it sees what it asked for.
 fn is_served_by_packets(steps: &mut Steps, cluster: &Cluster, services: &Services, pod: &Pod) -> Result<()> {
     let Services { near, far, own, empty, passed } = services;
@@ -184,7 +337,7 @@ fn passed_through(cluster: &Cluster, service: &Service) -> Result<u64> {
 
 /// What a socket is connected to in truth, whatever getpeername says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Seen {
+pub enum Seen {
     /// The address that was asked.
     Service,
     /// A backend, at this port.
@@ -212,6 +365,9 @@ fn connected_to(member: &Member, service: &Service, seen: Seen) -> Result<()> {
     Ok(())
 }
 
+/// The state of a connected socket in the kernel's tables, UDP's too.
+const ESTABLISHED: &str = "01";
+
 /// The other end of a socket with this address of its own, as the tables of its namespace have it.
 fn true_peer(member: &Member, protocol: &str, local: SocketAddr) -> Result<SocketAddr> {
     let version = if local.is_ipv4() { "" } else { "6" };
@@ -219,9 +375,12 @@ fn true_peer(member: &Member, protocol: &str, local: SocketAddr) -> Result<Socke
     let table = member.netns().within(|| fs::read_to_string(&path).with_context(|| path.clone()))?;
     for line in table.lines().skip(1) {
         let mut columns = line.split_whitespace().skip(1);
-        let (Some(own), Some(peer)) = (columns.next(), columns.next()) else { continue };
+        let (Some(own), Some(peer), Some(state)) = (columns.next(), columns.next(), columns.next()) else {
+            continue;
+        };
         let (own, peer) = (address(own)?, address(peer)?);
-        if own.port() == local.port() && peer.port() != 0 {
+        // Others that have closed may have had the same port.
+        if own.port() == local.port() && state == ESTABLISHED {
             return Ok(peer);
         }
     }

@@ -67,6 +67,7 @@ pub fn model(
             },
             extra_annotations: pass_through_annotation.clone(),
         },
+        has_netns_cookies: true,
         local_addresses,
     })
 }
@@ -93,6 +94,7 @@ pub fn programs(
     rules: &RuleArgs,
     host_netns_cookie: u64,
     seed: [u32; 2],
+    some_opted_out: bool,
     service_cidrs: &[Cidr],
 ) -> Result<Config> {
     let table = |cidrs: &[Cidr]| {
@@ -108,7 +110,8 @@ pub fn programs(
         hash_seed: if seed == [0, 0] { random() } else { seed },
         loopback_node_ports: u32::from(!rules.disable_loopback_nodeports),
         remember_peer: 1,
-        host_sockets_only: u16::from(rules.socket_hooks == SocketHooks::Host),
+        host_sockets_only: u8::from(rules.socket_hooks == SocketHooks::Host),
+        some_opted_out: u8::from(some_opted_out),
         mask_ports_first: MASK_PORTS_FIRST,
         mask_ports_count: MASK_PORTS_COUNT,
         service_cidrs: table(service_cidrs),

@@ -24,7 +24,8 @@ impl<W: MapWriter> Syncer<W> {
 
     /// Writes what `update` brings, and what failed before and is due. The first update is the complete list.
     pub fn sync(&mut self, update: Update, now: SystemTime) -> Report {
-        let Update { services, health_checks: _, node, new_problems: _, gone_problems: _ } = update;
+        let Update { services, health_checks: _, node, opt_outs: _, new_problems: _, gone_problems: _ } =
+            update;
         if std::mem::take(&mut self.is_first) {
             let all: BTreeMap<_, WantedService> =
                 services.into_iter().filter_map(|(key, wanted)| Some((key, wanted?))).collect();

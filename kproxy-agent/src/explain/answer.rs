@@ -123,7 +123,10 @@ impl Answer {
             reason: Reason::NotAService,
             rule: String::new(),
             left_out: Vec::new(),
-            client_because: place.because.clone(),
+            client_because: match place.netns_cookie {
+                0 => place.because.clone(),
+                _ => format!("{}, opted out of the socket hooks", place.because),
+            },
             port: None,
         }
     }

@@ -91,7 +91,9 @@ impl Ground for Live<'_> {
     }
 
     fn place(&self, query: &Query) -> Place {
-        let place = |behind, because: String| Place { behind, because };
+        // It has the addresses of pods that are opted out.
+        let netns_cookie = self.lookup().opted_out_at(&query.from).unwrap_or(0);
+        let place = |behind, because: String| Place { behind, because, netns_cookie };
         let from = IpAddr::from(query.from);
         if from.is_loopback() {
             return place(ClientKind::Host, "a loopback address".to_owned());

@@ -56,6 +56,11 @@ impl<'a> Planned<'a> {
         &self.failed
     }
 
+    /// The pods that are opted out, with cookies that stand for those of their network namespaces.
+    fn cookies(&self) -> impl Iterator<Item = (u64, &[Address])> {
+        (1..).zip(self.model.opt_outs().pods.values().map(|addresses| &**addresses))
+    }
+
     /// The tables.
     pub fn planned(&self) -> &Tables {
         &self.tables
@@ -72,7 +77,8 @@ fn config(model: &Model, Hooks { loopback_node_ports, host_sockets_only }: Hooks
     let service_cidrs = model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
     Config {
         loopback_node_ports: u32::from(loopback_node_ports),
-        host_sockets_only: u16::from(host_sockets_only),
+        host_sockets_only: u8::from(host_sockets_only),
+        some_opted_out: u8::from(!model.opt_outs().pods.is_empty()),
         service_cidrs: table(service_cidrs),
         cluster_cidrs: table(&model.config().cluster_cidrs),
         ..Config::EMPTY
@@ -82,6 +88,7 @@ fn config(model: &Model, Hooks { loopback_node_ports, host_sockets_only }: Hooks
 impl Ground for Planned<'_> {
     fn tables(&self) -> impl kproxy_common::Tables {
         View::new(&self.tables, self.config)
+            .with_opted_out(self.cookies().map(|(cookie, _)| cookie).collect())
     }
 
     fn info(&self, number: u32) -> Option<ServiceInfo> {
@@ -95,7 +102,9 @@ impl Ground for Planned<'_> {
     /// A client of a cluster CIDR counts as a pod of this node, unless it is an endpoint that says otherwise.
     fn place(&self, query: &Query) -> Place {
         let from = &query.from;
-        let place = |behind, because: &str| Place { behind, because: because.to_owned() };
+        let netns_cookie = self.cookies().find(|(_, addresses)| addresses.contains(from));
+        let netns_cookie = netns_cookie.map_or(0, |(cookie, _)| cookie);
+        let place = |behind, because: &str| Place { behind, because: because.to_owned(), netns_cookie };
         if from.is_loopback() {
             return place(ClientKind::Host, "a loopback address");
         }

@@ -7,6 +7,7 @@ mod drops;
 mod flows;
 mod grace;
 mod lookup;
+mod opted_out;
 mod read;
 mod shape;
 
@@ -37,6 +38,7 @@ pub use self::{
     drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
     lookup::{FirstError, Lookup},
+    opted_out::OptedOutMap,
     read::{layout_version, owner_text},
     shape::ShapeError,
 };
@@ -82,6 +84,8 @@ pub struct KernelMaps {
     counter: Map,
     reason: Map,
     config: Mapping,
+    /// `None` among the maps of a version that had none.
+    opted_out: Option<Map>,
     owner: Map,
     capacity: Capacity,
     batches: Batches,
@@ -134,6 +138,15 @@ impl KernelMaps {
         let reason = checked(map_names::REASON)?;
         let config = checked(map_names::CONFIG)?;
         let owner = checked(map_names::OWNER)?;
+        let opted_out = match checked(map_names::OPTED_OUT) {
+            Ok(map) => Some(map),
+            Err(MapError::Open { source, .. } | MapError::Call { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                None
+            }
+            Err(error) => return Err(error),
+        };
 
         let entries = |map: &Map| map.attributes().max_entries;
         let numbers = [&frontend, &service, &service_info, &counter].map(entries);
@@ -156,6 +169,7 @@ impl KernelMaps {
             source_range,
             counter,
             reason,
+            opted_out,
             owner,
             capacity,
             batches: Batches::default(),

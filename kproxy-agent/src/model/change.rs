@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kproxy_common::Address;
@@ -21,6 +21,10 @@ pub enum Change {
     Node(Option<Box<Node>>),
     /// A ServiceCIDR, by its name.
     ServiceCidr(String, Option<Box<ServiceCIDR>>),
+    /// A Pod, by its namespace and name. One of another node is ignored.
+    Pod(ServiceKey, Option<Box<Pod>>),
+    /// All Pods of this node have been told once.
+    AllPods,
     /// All addresses that stand on interfaces of this node, loopback included or not.
     LocalAddresses(BTreeSet<Address>),
 }

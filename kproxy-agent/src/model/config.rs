@@ -23,6 +23,9 @@ pub struct NodeConfig {
     pub disable_external_ips: bool,
     /// `--pass-through-…`.
     pub pass_through: PassThroughConfig,
+    /// Whether this kernel tells network namespaces apart for processes (SO_NETNS_COOKIE, 5.14), so that single Pods can
+    /// be opted out of the socket hooks.
+    pub has_netns_cookies: bool,
     /// The addresses that stand on this node's interfaces when the model starts; later ones come as
     /// [`Change::LocalAddresses`](super::Change::LocalAddresses).
     pub local_addresses: BTreeSet<Address>,

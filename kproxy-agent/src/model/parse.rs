@@ -2,11 +2,13 @@
 
 mod endpoints;
 mod node;
+mod pod;
 mod service;
 mod values;
 
 pub use endpoints::endpoint_slice;
 pub use node::{node, service_cidr};
+pub use pod::{OptedOutPod, pod};
 pub use service::service;
 pub use values::{cidr, ip};
 

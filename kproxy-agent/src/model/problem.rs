@@ -15,6 +15,8 @@ pub enum ObjectKind {
     Node,
     /// `networking.k8s.io/v1/ServiceCIDR`.
     ServiceCidr,
+    /// `v1/Pod`.
+    Pod,
 }
 
 /// Which object.
@@ -51,6 +53,8 @@ pub enum ProblemKind {
     DoesNotFit,
     /// `loadBalancerSourceRanges` of an address in pass-through: the load balancer must enforce them.
     SourceRangesNotEnforced,
+    /// A Pod that is to be opted out of the socket hooks, and cannot be.
+    CannotOptOut,
 }
 
 /// Something about an object that could not be served as written.
@@ -79,6 +83,7 @@ impl ProblemKind {
         Self::ClaimedTwice,
         Self::DoesNotFit,
         Self::SourceRangesNotEnforced,
+        Self::CannotOptOut,
     ];
 
     /// The stable word for it in metrics and output.
@@ -94,6 +99,7 @@ impl ProblemKind {
             Self::ClaimedTwice => "claimed-twice",
             Self::DoesNotFit => "does-not-fit",
             Self::SourceRangesNotEnforced => "source-ranges-not-enforced",
+            Self::CannotOptOut => "cannot-opt-out",
         }
     }
 }
@@ -119,6 +125,11 @@ impl ObjectRef {
         Self { kind: ObjectKind::ServiceCidr, namespace: String::new(), name: name.to_owned() }
     }
 
+    /// The Pod with this namespace and name.
+    pub fn pod(key: &ServiceKey) -> Self {
+        Self::namespaced(ObjectKind::Pod, key)
+    }
+
     fn namespaced(kind: ObjectKind, key: &ServiceKey) -> Self {
         Self { kind, namespace: key.namespace.clone(), name: key.name.clone() }
     }
@@ -131,6 +142,7 @@ impl fmt::Display for ObjectKind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::Pod => "Pod",
         })
     }
 }

@@ -395,6 +395,7 @@ fn the_decision_runs_over_planned_tables() {
         loopback_node_ports: 0,
         remember_peer: 0,
         host_sockets_only: 0,
+        some_opted_out: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
 };
 
 use kproxy_common::{
@@ -18,23 +18,30 @@ pub struct View<'a> {
     tables: &'a Tables,
     config: Config,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    opted_out: BTreeSet<u64>,
     now: Cell<u64>,
 }
 
 impl<'a> View<'a> {
     /// Nobody has affinity yet, and the clock stands at 0.
     pub fn new(tables: &'a Tables, config: Config) -> Self {
-        Self { tables, config, affinity: RefCell::default(), now: Cell::new(0) }
+        Self { tables, config, affinity: RefCell::default(), opted_out: BTreeSet::new(), now: Cell::new(0) }
     }
 
     /// The same affinity and clock over other tables.
     pub fn over<'b>(self, tables: &'b Tables) -> View<'b> {
-        View { tables, config: self.config, affinity: self.affinity, now: self.now }
+        let Self { tables: _, config, affinity, opted_out, now } = self;
+        View { tables, config, affinity, opted_out, now }
     }
 
     /// The same with another configuration.
     pub fn with_config(self, config: Config) -> Self {
         Self { config, ..self }
+    }
+
+    /// The same with the pods opted out whose network namespaces have these cookies.
+    pub fn with_opted_out(self, opted_out: BTreeSet<u64>) -> Self {
+        Self { opted_out, ..self }
     }
 
     /// Sets the clock, in nanoseconds since boot.
@@ -83,6 +90,10 @@ impl kproxy_common::Tables for View<'_> {
             Cidr::new(key.address, length)
         };
         self.tables.source_ranges(number).any(|key| range(key).contains(client))
+    }
+
+    fn opted_out(&self, netns_cookie: u64) -> bool {
+        self.opted_out.contains(&netns_cookie)
     }
 
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {

@@ -349,6 +349,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::DROP_BUDGET,
         names::CONFIG,
         names::DEVICE,
+        names::OPTED_OUT,
         names::OWNER,
     ]
 }

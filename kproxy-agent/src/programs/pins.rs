@@ -161,7 +161,7 @@ fn replaced(root: &Path, capacities: &Capacities) -> BTreeSet<&'static str> {
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
         Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses,
-        DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, Owner,
+        DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, OptedOut, Owner,
         ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
@@ -183,6 +183,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::DROP_BUDGET => (4, size_of::<DropBudget>()),
         names::CONFIG => (4, size_of::<Config>()),
         names::DEVICE => (4, size_of::<DeviceAddresses>()),
+        names::OPTED_OUT => (8, size_of::<OptedOut>()),
         names::OWNER => (4, size_of::<Owner>()),
         _ => return None,
     };

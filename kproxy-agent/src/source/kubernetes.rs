@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use tokio::sync::mpsc;
@@ -38,7 +38,7 @@ pub use servers::{ConfigError, ConnectionSettings};
 pub const LOG_FILTER: &str = "kube_client::client=error,kube_client::client::builder=off,\
     kube_client::client::tls=warn,kube_runtime::watcher=error";
 
-/// How long the first list of what is not necessary is waited for: the own Node, and ServiceCIDRs.
+/// How long the first list of what is not necessary is waited for: the own Node, ServiceCIDRs, and Pods.
 const OPTIONAL_WAIT: Duration = Duration::from_secs(30);
 
 /// While one batch follows the other, a flush comes after this many changes, so that the first are not kept
@@ -72,7 +72,7 @@ pub async fn connect(settings: &ConnectionSettings) -> Result<Connection, Config
     Ok(Connection(Arc::new(Servers::new(settings).await?)))
 }
 
-/// Lists and watches Services, EndpointSlices, the own Node and ServiceCIDRs. An API server that cannot be
+/// Lists and watches Services, EndpointSlices, the own Node, ServiceCIDRs, and the Pods of this node. An API server that cannot be
 /// reached is no error here, but a problem among the events: it is tried until it can. `node_name` is the name of this
 /// node's Node object.
 pub fn watch(connection: &Connection, node_name: &str) -> Source {
@@ -90,7 +90,9 @@ fn start(servers: Arc<Servers>, node_name: String, timing: Timing) -> Source {
     watches.spawn(Watch::<EndpointSlice>::new(servers.clone(), with_address, timing, reports.clone()).run());
     let own = Selectors { fields: Some(format!("metadata.name={node_name}")), ..all.clone() };
     watches.spawn(Watch::<Node>::new(servers.clone(), own, timing, reports.clone()).run());
-    watches.spawn(Watch::<ServiceCIDR>::new(servers, all, timing, reports).run());
+    watches.spawn(Watch::<ServiceCIDR>::new(servers.clone(), all.clone(), timing, reports.clone()).run());
+    let here = Selectors { fields: Some(format!("spec.nodeName={node_name}")), ..all };
+    watches.spawn(Watch::<Pod>::new(servers, here, timing, reports).run());
     Source::spawn(|events| merge(watches, received, Merged::new(node_name), events))
 }
 
@@ -147,7 +149,7 @@ async fn merge(
 /// What the reports of all watches amount to. No I/O.
 struct Merged {
     node_name: String,
-    listed: [bool; 4],
+    listed: [bool; 5],
     node_seen: bool,
     /// [`OPTIONAL_WAIT`] is over.
     waited: bool,
@@ -162,7 +164,7 @@ impl Merged {
     fn new(node_name: String) -> Self {
         Merged {
             node_name,
-            listed: [false; 4],
+            listed: [false; 5],
             node_seen: false,
             waited: false,
             synced: false,
@@ -214,7 +216,7 @@ impl Merged {
     /// Says that the first lists are complete, if they are.
     fn say_synced(&mut self, outgoing: &mut Vec<Event>) {
         let listed = |kind: Kind| self.listed[kind as usize];
-        let optional = self.node_seen && listed(Kind::ServiceCidr);
+        let optional = self.node_seen && listed(Kind::ServiceCidr) && listed(Kind::Pod);
         if self.synced || !listed(Kind::Service) || !listed(Kind::EndpointSlice) || !(optional || self.waited)
         {
             return;

@@ -1,6 +1,6 @@
 //! Objects from files: YAML and JSON below the paths of `--manifests`, followed by inotify.
 //!
-//! Every file is read as Kubernetes would read it: Services, EndpointSlices, the own Node and ServiceCIDRs,
+//! Every file is read as Kubernetes would read it: Services, EndpointSlices, the own Node, ServiceCIDRs and Pods,
 //! several documents to a file, lists too. What cannot be read is named in a [`SourceProblem`], and the rest is
 //! passed on. A file that was good and is broken now keeps what it had until it can be read again; but after a
 //! restart nothing is known of what it had.

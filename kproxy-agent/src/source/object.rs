@@ -1,8 +1,8 @@
-//! An object of one of the four kinds that are read, its key, and what is thrown away of it at once.
+//! An object of one of the kinds that are read, its key, and what is thrown away of it at once.
 
 use std::fmt;
 
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Service};
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodStatus, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -20,6 +20,7 @@ pub(super) enum Kind {
     EndpointSlice,
     Node,
     ServiceCidr,
+    Pod,
 }
 
 impl Kind {
@@ -30,6 +31,7 @@ impl Kind {
             ("discovery.k8s.io/v1", "EndpointSlice") => Some(Kind::EndpointSlice),
             ("v1", "Node") => Some(Kind::Node),
             ("networking.k8s.io/v1", "ServiceCIDR") => Some(Kind::ServiceCidr),
+            ("v1", "Pod") => Some(Kind::Pod),
             _ => None,
         }
     }
@@ -41,6 +43,7 @@ impl Kind {
             Kind::EndpointSlice => "EndpointSlice",
             Kind::Node => "Node",
             Kind::ServiceCidr => "ServiceCIDR",
+            Kind::Pod => "Pod",
         }
     }
 }
@@ -62,6 +65,7 @@ impl ObjectKey {
             Kind::EndpointSlice => Change::EndpointSlice(self.service_key(), None),
             Kind::Node => Change::Node(None),
             Kind::ServiceCidr => Change::ServiceCidr(self.name.clone(), None),
+            Kind::Pod => Change::Pod(self.service_key(), None),
         }
     }
 
@@ -87,6 +91,7 @@ pub(super) enum Object {
     EndpointSlice(Box<EndpointSlice>),
     Node(Box<Node>),
     ServiceCidr(Box<ServiceCIDR>),
+    Pod(Box<Pod>),
 }
 
 impl Object {
@@ -98,6 +103,7 @@ impl Object {
             Object::EndpointSlice(object) => (Kind::EndpointSlice, &object.metadata),
             Object::Node(object) => (Kind::Node, &object.metadata),
             Object::ServiceCidr(object) => (Kind::ServiceCidr, &object.metadata),
+            Object::Pod(object) => (Kind::Pod, &object.metadata),
         };
         let name = metadata.name.clone().filter(|name| !name.is_empty())?;
         let namespace = match (kind, metadata.namespace.as_deref()) {
@@ -108,7 +114,7 @@ impl Object {
         Some(ObjectKey { kind, namespace: namespace.to_owned(), name })
     }
 
-    /// Throws away what nobody reads, before it is kept anywhere: of a Node that is nearly all of it.
+    /// Throws away what nobody reads, before it is kept anywhere: of a Node or a Pod that is nearly all of it.
     pub(super) fn trim(&mut self) {
         match self {
             Object::Service(object) => trim_metadata(&mut object.metadata),
@@ -118,6 +124,20 @@ impl Object {
                 trim_metadata(&mut object.metadata);
                 let addresses = object.status.take().and_then(|status| status.addresses);
                 object.status = Some(NodeStatus { addresses, ..NodeStatus::default() });
+            }
+            Object::Pod(object) => {
+                trim_metadata(&mut object.metadata);
+                (object.metadata.labels, object.metadata.owner_references) = (None, None);
+                object.spec = object.spec.take().map(|PodSpec { node_name, host_network, .. }| PodSpec {
+                    node_name,
+                    host_network,
+                    ..PodSpec::default()
+                });
+                object.status = object.status.take().map(|PodStatus { phase, pod_ips, .. }| PodStatus {
+                    phase,
+                    pod_ips,
+                    ..PodStatus::default()
+                });
             }
         }
     }
@@ -129,6 +149,7 @@ impl Object {
             Object::EndpointSlice(object) => Change::EndpointSlice(key.service_key(), Some(object)),
             Object::Node(object) => Change::Node(Some(object)),
             Object::ServiceCidr(object) => Change::ServiceCidr(key.name.clone(), Some(object)),
+            Object::Pod(object) => Change::Pod(key.service_key(), Some(object)),
         }
     }
 }
@@ -142,7 +163,7 @@ fn trim_metadata(metadata: &mut ObjectMeta) {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::{ContainerImage, NodeAddress};
+    use k8s_openapi::api::core::v1::{Container, ContainerImage, NodeAddress, PodIP};
 
     use super::*;
 
@@ -176,5 +197,39 @@ mod tests {
         assert_eq!(node.metadata.annotations.map(|annotations| annotations.len()), Some(0));
         let status = node.status.expect("the addresses are there");
         assert_eq!((status.addresses, status.images), (Some(vec![address]), None));
+    }
+
+    #[test]
+    fn of_a_pod_stays_what_opts_it_out() {
+        let mut pod = Pod::default();
+        pod.metadata.name = Some("mesh".into());
+        pod.metadata.labels = Some([("app".to_owned(), "mesh".to_owned())].into());
+        let annotations = [("kproxy.io/socket-hooks", "false"), (LAST_APPLIED, "{}")];
+        pod.metadata.annotations =
+            Some(annotations.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+        pod.spec = Some(PodSpec {
+            node_name: Some("node-a".to_owned()),
+            host_network: Some(true),
+            containers: vec![Container::default()],
+            ..PodSpec::default()
+        });
+        let ips = vec![PodIP { ip: "10.244.1.7".to_owned() }];
+        pod.status = Some(PodStatus {
+            phase: Some("Running".to_owned()),
+            pod_ips: Some(ips.clone()),
+            message: Some("long".to_owned()),
+            ..PodStatus::default()
+        });
+        let mut object = Object::Pod(Box::new(pod));
+        object.trim();
+        assert_eq!(object.key().map(|key| key.to_string()).as_deref(), Some("Pod default/mesh"));
+        let Object::Pod(pod) = object else { panic!("it was a Pod") };
+        let (metadata, spec, status) = (pod.metadata, pod.spec.unwrap(), pod.status.unwrap());
+        let annotations = metadata.annotations.unwrap();
+        assert_eq!(annotations.keys().collect::<Vec<_>>(), ["kproxy.io/socket-hooks"]);
+        assert_eq!((metadata.labels, spec.containers.len()), (None, 0));
+        assert_eq!((spec.node_name.as_deref(), spec.host_network), (Some("node-a"), Some(true)));
+        let kept = (status.phase.as_deref(), status.pod_ips, status.message);
+        assert_eq!(kept, (Some("Running"), Some(ips), None));
     }
 }

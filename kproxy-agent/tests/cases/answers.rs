@@ -55,7 +55,7 @@ impl Ground for Placed<'_> {
 
     fn place(&self, query: &Query) -> Place {
         match self.kind {
-            Some(behind) => Place { behind, because: String::new() },
+            Some(behind) => Place { behind, because: String::new(), netns_cookie: 0 },
             None => self.planned.place(query),
         }
     }

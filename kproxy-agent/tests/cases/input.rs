@@ -58,6 +58,7 @@ enum Kind {
     EndpointSlice,
     Node,
     ServiceCidr,
+    Pod,
     LocalAddresses,
 }
 
@@ -185,6 +186,7 @@ impl Event {
             Kind::EndpointSlice => Change::EndpointSlice(key, self.read_as()),
             Kind::Node => Change::Node(self.read_as()),
             Kind::ServiceCidr => Change::ServiceCidr(key.name, self.read_as()),
+            Kind::Pod => Change::Pod(key, self.read_as()),
             Kind::LocalAddresses => {
                 let addresses: Option<Box<Vec<String>>> = self.read_as();
                 Change::LocalAddresses(
@@ -208,7 +210,7 @@ impl Event {
         }
         let metadata = &document["metadata"];
         let name = metadata["name"].as_str().context("an object without a name")?.to_owned();
-        let is_namespaced = matches!(kind, Kind::Service | Kind::EndpointSlice);
+        let is_namespaced = matches!(kind, Kind::Service | Kind::EndpointSlice | Kind::Pod);
         let default = if is_namespaced { "default" } else { "" };
         let namespace = metadata["namespace"].as_str().unwrap_or(default).to_owned();
         let event = Self { kind, key: ServiceKey { namespace, name }, object: Some(document) };
@@ -228,6 +230,7 @@ impl Kind {
             "EndpointSlice" => Self::EndpointSlice,
             "Node" => Self::Node,
             "ServiceCIDR" => Self::ServiceCidr,
+            "Pod" => Self::Pod,
             "LocalAddresses" => Self::LocalAddresses,
             other => bail!("cases know no kind {other}"),
         })
@@ -292,6 +295,7 @@ impl Flags {
                 },
                 extra_annotations: pass_through_annotations,
             },
+            has_netns_cookies: true,
             local_addresses: local_addresses.iter().map(|ip| ip_of(ip)).collect(),
         })
     }

@@ -6,7 +6,8 @@ use std::fmt::Write;
 use kproxy::model::{Problem, WantedHealthCheck, WantedNode};
 use kproxy::servers::HealthCheck;
 use kproxy::wanted::{
-    PassThroughRule, ServiceKey, WantedBackend, WantedFrontend, WantedPort, WantedService, WantedSide,
+    PassThroughRule, ServiceKey, WantedBackend, WantedFrontend, WantedOptOuts, WantedPort, WantedService,
+    WantedSide,
 };
 use kproxy_common::{Address, BackendState, Cidr, Location, Options, Protocol};
 
@@ -14,6 +15,7 @@ use kproxy_common::{Address, BackendState, Cidr, Location, Options, Protocol};
 pub fn print(
     services: &BTreeMap<ServiceKey, WantedService>,
     node: &WantedNode,
+    opt_outs: &WantedOptOuts,
     problems: &[Problem],
 ) -> String {
     let mut out = String::new();
@@ -28,6 +30,10 @@ pub fn print(
         for port in &service.ports {
             print_port(&mut out, service, port);
         }
+    }
+    for (pod, addresses) in &opt_outs.pods {
+        let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+        let _ = writeln!(out, "opted out {pod} [{}]", addresses.join(" "));
     }
     for problem in problems {
         let _ = writeln!(out, "! {:?} {problem}", problem.kind);

@@ -320,7 +320,7 @@ impl Ground for Placed<'_> {
     }
 
     fn place(&self, _: &Query) -> Place {
-        Place { behind: self.behind, because: String::new() }
+        Place { behind: self.behind, because: String::new(), netns_cookie: 0 }
     }
 
     fn left_out(&self, port: &ServicePort, set: TrafficPolicy) -> Option<Vec<LeftOut>> {

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{
-    ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Service,
-    ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
+    ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeStatus, Pod, PodIP,
+    PodSpec, PodStatus, Service, ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
 };
 use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
@@ -31,6 +31,7 @@ pub enum Event {
     Slice(ServiceKey, Option<EndpointSlice>),
     Node(Option<Box<Node>>),
     ServiceCidr(String, Option<ServiceCIDR>),
+    Pod(ServiceKey, Option<Box<Pod>>),
     Local(BTreeSet<Address>),
 }
 
@@ -41,6 +42,7 @@ pub struct World {
     pub slices: BTreeMap<ServiceKey, EndpointSlice>,
     pub node: Option<Node>,
     pub service_cidrs: BTreeMap<String, ServiceCIDR>,
+    pub pods: BTreeMap<ServiceKey, Pod>,
     local: Option<BTreeSet<Address>>,
 }
 
@@ -51,6 +53,7 @@ impl Event {
             Self::Slice(key, slice) => Change::EndpointSlice(key, slice.map(Box::new)),
             Self::Node(node) => Change::Node(node),
             Self::ServiceCidr(name, object) => Change::ServiceCidr(name, object.map(Box::new)),
+            Self::Pod(key, pod) => Change::Pod(key, pod),
             Self::Local(addresses) => Change::LocalAddresses(addresses),
         }
     }
@@ -68,6 +71,7 @@ impl World {
             Event::Service(key, service) => put(&mut self.services, key, service.map(|service| *service)),
             Event::Slice(key, slice) => put(&mut self.slices, key, slice),
             Event::ServiceCidr(name, object) => put(&mut self.service_cidrs, name, object),
+            Event::Pod(key, pod) => put(&mut self.pods, key, pod.map(|pod| *pod)),
             // Another node's object is none of our business.
             Event::Node(Some(node)) if node.metadata.name.as_deref() != Some(NODE) => {}
             Event::Node(node) => self.node = node.map(|node| *node),
@@ -91,7 +95,9 @@ impl World {
             self.service_cidrs.iter().map(|(name, o)| Event::ServiceCidr(name.clone(), Some(o.clone())));
         let node = self.node.iter().map(|node| Event::Node(Some(Box::new(node.clone()))));
         let local = self.local.iter().map(|addresses| Event::Local(addresses.clone()));
-        let mut left: Vec<_> = services.chain(slices).chain(cidrs).chain(node).chain(local).collect();
+        let pods = self.pods.iter().map(|(key, pod)| Event::Pod(key.clone(), Some(Box::new(pod.clone()))));
+        let mut left: Vec<_> =
+            services.chain(slices).chain(cidrs).chain(node).chain(pods).chain(local).collect();
         let mut changes = Vec::new();
         let mut seed = seed;
         while !left.is_empty() {
@@ -108,10 +114,17 @@ pub fn config() -> impl Strategy<Value = NodeConfig> {
         NodePortAddresses::Primary,
         NodePortAddresses::Cidrs(vec![parse::cidr("10.0.0.0/30").unwrap()]),
     ]);
-    (local(), local(), any::<[bool; 6]>(), scope, node_ports).prop_map(
+    (local(), local(), any::<[bool; 7]>(), scope, node_ports).prop_map(
         |(own, local, flags, scope, node_ports)| {
-            let [default, masquerade_all, disable_external_ips, has_cluster_cidr, has_own, has_service_cidr] =
-                flags;
+            let [
+                default,
+                masquerade_all,
+                disable_external_ips,
+                has_cluster_cidr,
+                has_own,
+                has_service_cidr,
+                has_netns_cookies,
+            ] = flags;
             let cidrs = |is: bool, text| is.then(|| parse::cidr(text).unwrap()).into_iter().collect();
             NodeConfig {
                 node_name: NODE.to_owned(),
@@ -126,6 +139,7 @@ pub fn config() -> impl Strategy<Value = NodeConfig> {
                     scope,
                     extra_annotations: vec![EXTRA_ANNOTATION.to_owned()],
                 },
+                has_netns_cookies,
                 local_addresses: local,
             }
         },
@@ -139,6 +153,8 @@ pub fn event() -> BoxedStrategy<Event> {
         2 => option::weighted(0.9, node().prop_map(Box::new)).prop_map(Event::Node),
         1 => (select(vec!["one", "two"]), option::weighted(0.8, service_cidr()))
             .prop_map(|(name, object)| Event::ServiceCidr(name.to_owned(), object)),
+        1 => (select(vec!["p0", "p1"]), option::weighted(0.8, pod().prop_map(Box::new)))
+            .prop_map(|(name, pod)| Event::Pod(ServiceKey { namespace: "n".to_owned(), name: name.to_owned() }, pod)),
         1 => local().prop_map(Event::Local),
     ]
     .boxed()
@@ -404,6 +420,27 @@ fn service_cidr() -> impl Strategy<Value = ServiceCIDR> {
             spec: Some(ServiceCIDRSpec { cidrs: Some(cidrs) }),
             ..ServiceCIDR::default()
         })
+}
+
+fn pod() -> impl Strategy<Value = Pod> {
+    let ips = vec(one_of(&["10.244.0.7", "10.244.0.8", "fd00:10:244::7", "bogus"]), 0..3);
+    let annotation = option::weighted(0.8, one_of(&["false", "false", "false", "true", "off"]));
+    let phase = option::weighted(0.9, one_of(&["Pending", "Running", "Running", "Succeeded", "Failed"]));
+    let host_network = option::weighted(0.5, prop::bool::weighted(0.2));
+    (annotation, option::weighted(0.9, one_of(&[NODE, NODE, "node-b"])), host_network, phase, ips).prop_map(
+        |(annotation, node_name, host_network, phase, ips)| Pod {
+            metadata: ObjectMeta {
+                annotations: annotation.map(|value| [("kproxy.io/socket-hooks".to_owned(), value)].into()),
+                ..ObjectMeta::default()
+            },
+            spec: Some(PodSpec { node_name, host_network, ..PodSpec::default() }),
+            status: Some(PodStatus {
+                phase,
+                pod_ips: Some(ips.into_iter().map(|ip| PodIP { ip }).collect()),
+                ..PodStatus::default()
+            }),
+        },
+    )
 }
 
 /// Any text, often one that is nearly right.

@@ -42,6 +42,28 @@ pub struct Side {
     pub affinity: bool,
 }
 
+/// The Pods that are opted out of the socket hooks, and their addresses.
+pub fn opt_outs(config: &NodeConfig, world: &World) -> BTreeMap<ServiceKey, Box<[Address]>> {
+    let mut out = BTreeMap::new();
+    for (key, pod) in &world.pods {
+        let annotations = pod.metadata.annotations.clone().unwrap_or_default();
+        let (spec, status) = (pod.spec.clone().unwrap_or_default(), pod.status.clone().unwrap_or_default());
+        let ips = status.pod_ips.unwrap_or_default();
+        let ips: Vec<_> =
+            ips.iter().filter_map(|ip| ip.ip.parse::<IpAddr>().ok()).map(Address::from).collect();
+        let is_out = config.has_netns_cookies
+            && annotations.get("kproxy.io/socket-hooks").is_some_and(|value| value == "false")
+            && spec.node_name.is_some_and(|name| name == NODE)
+            && !spec.host_network.unwrap_or_default()
+            && !["Succeeded", "Failed"].contains(&status.phase.unwrap_or_default().as_str())
+            && !ips.is_empty();
+        if is_out {
+            out.insert(key.clone(), ips.into_boxed_slice());
+        }
+    }
+    out
+}
+
 /// Who has which frontend, and what it does.
 pub fn frontends(config: &NodeConfig, world: &World) -> BTreeMap<FrontendKey, Frontend> {
     let mut taken = BTreeMap::new();

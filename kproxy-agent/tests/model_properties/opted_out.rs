@@ -1,6 +1,8 @@
 //! Pods whose sockets are left alone: the socket hooks open nothing for them, and everything for everyone else as
 //! before.
 
+use std::collections::BTreeSet;
+
 use kproxy::maps::Reconciler;
 use kproxy::maps::memory::Memory;
 use kproxy::model::NodeConfig;
@@ -16,6 +18,9 @@ use crate::decision::{CAPACITY, History, Stage, stage};
 use crate::generate;
 use crate::runs;
 use crate::verdict::Question;
+
+/// The cookie of a pod's network namespace.
+const OPTED_OUT: u64 = 7;
 
 proptest! {
     #![proptest_config(runs(2_000))]
@@ -34,8 +39,24 @@ fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
         let programs = Config { udp_timeout: 1, ..written.config };
         let all = View::new(&written.tables, programs);
         let host = View::new(&written.tables, Config { host_sockets_only: 1, ..programs });
+        let some = View::new(&written.tables, Config { some_opted_out: 1, ..programs });
+        let some = some.with_opted_out(BTreeSet::from([OPTED_OUT]));
         for (question, _, pick) in questions {
             let Some(connection) = connection(question) else { continue };
+            // One pod, and nobody else.
+            let of = |netns_cookie| Connection {
+                client: Client { netns_cookie, ..connection.client },
+                ..connection
+            };
+            for (asked, like) in [(of(OPTED_OUT), &host), (of(OPTED_OUT + 1), &all)] {
+                let is = socket_connection(&some, &asked, SocketCall::Connect, || *pick);
+                prop_assert_eq!(
+                    is,
+                    socket_connection(like, &asked, SocketCall::Connect, || *pick),
+                    "{:?}",
+                    asked
+                );
+            }
             let mut records = SocketRecords::new();
             let before = socket_connection(&all, &connection, SocketCall::Send(None), || *pick);
             let now = socket_connection(&host, &connection, SocketCall::Send(Some(&mut records)), || *pick);

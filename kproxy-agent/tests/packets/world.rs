@@ -145,6 +145,7 @@ impl World {
             loopback_node_ports: 1,
             remember_peer: 1,
             host_sockets_only: 0,
+            some_opted_out: 0,
             mask_ports_first: MASK_PORTS.0.into(),
             mask_ports_count: MASK_PORTS.1.into(),
             service_cidrs: table(cidrs(SERVICE_CIDRS)),

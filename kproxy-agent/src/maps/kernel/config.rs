@@ -11,6 +11,7 @@ use crate::maps::MapWriter as _;
 const _: () = {
     assert!(offset_of!(Config, remember_peer) == offset_of!(Config, loopback_node_ports) + 4);
     assert!(offset_of!(Config, host_sockets_only) == offset_of!(Config, remember_peer) + 2);
+    assert!(offset_of!(Config, some_opted_out) == offset_of!(Config, remember_peer) + 3);
     assert!(offset_of!(Config, mask_ports_count) == offset_of!(Config, mask_ports_first) + 4);
     assert!(offset_of!(Config, loopback_node_ports).is_multiple_of(8));
     assert!(offset_of!(Config, mask_ports_first).is_multiple_of(8));
@@ -35,6 +36,7 @@ impl KernelMaps {
             loopback_node_ports,
             remember_peer,
             host_sockets_only,
+            some_opted_out,
             mask_ports_first,
             mask_ports_count,
             service_cidrs,
@@ -43,8 +45,8 @@ impl KernelMaps {
         self.number(offset_of!(Config, host_netns_cookie), *host_netns_cookie)?;
         self.number(offset_of!(Config, udp_timeout), *udp_timeout)?;
         self.number(offset_of!(Config, hash_seed), pair(hash_seed[0], hash_seed[1]))?;
-        let ([a, b], [c, d]) = (remember_peer.to_ne_bytes(), host_sockets_only.to_ne_bytes());
-        let sockets = u32::from_ne_bytes([a, b, c, d]);
+        let [low, high] = remember_peer.to_ne_bytes();
+        let sockets = u32::from_ne_bytes([low, high, *host_sockets_only, *some_opted_out]);
         self.number(offset_of!(Config, loopback_node_ports), pair(*loopback_node_ports, sockets))?;
         self.number(offset_of!(Config, mask_ports_first), pair(*mask_ports_first, *mask_ports_count))?;
         let lists = [

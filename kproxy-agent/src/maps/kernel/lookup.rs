@@ -54,6 +54,11 @@ impl<'a> Lookup<'a> {
         all
     }
 
+    /// The cookie of the network namespace of the pod with this address, if it is opted out of the socket hooks.
+    pub fn opted_out_at(&self, address: &Address) -> Option<u64> {
+        self.ok(self.maps.opted_out_at(address))?
+    }
+
     fn word(&self, number: u32, word: Word) -> Option<u64> {
         self.ok(self.maps.service.load_u64(number, word as usize).map_err(failed(map_names::SERVICE)))
     }
@@ -111,6 +116,11 @@ impl Tables for Lookup<'_> {
         self.find(map_names::SOURCE_RANGE, &self.maps.source_range, bytes_of(&[key])).is_some()
     }
 
+    fn opted_out(&self, netns_cookie: u64) -> bool {
+        let Some(map) = &self.maps.opted_out else { return false };
+        self.find(map_names::OPTED_OUT, map, &netns_cookie.to_ne_bytes()).is_some()
+    }
+
     /// None: where a client went before is a state of the node, and no rule.
     fn affinity(&self, _: &AffinityKey) -> Option<AffinityValue> {
         None
@@ -140,15 +150,15 @@ impl KernelMaps {
             }
             cidrs
         };
-        let u16_of = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-        let seed = offset_of!(Config, hash_seed);
+        let (seed, peer) = (offset_of!(Config, hash_seed), offset_of!(Config, remember_peer));
         Ok(Config {
             host_netns_cookie: u64_of(offset_of!(Config, host_netns_cookie)),
             udp_timeout: u64_of(offset_of!(Config, udp_timeout)),
             hash_seed: [u32_of(seed), u32_of(seed + 4)],
             loopback_node_ports: u32_of(offset_of!(Config, loopback_node_ports)),
-            remember_peer: u16_of(offset_of!(Config, remember_peer)),
-            host_sockets_only: u16_of(offset_of!(Config, host_sockets_only)),
+            remember_peer: u16::from_ne_bytes([bytes[peer], bytes[peer + 1]]),
+            host_sockets_only: bytes[offset_of!(Config, host_sockets_only)],
+            some_opted_out: bytes[offset_of!(Config, some_opted_out)],
             mask_ports_first: u32_of(offset_of!(Config, mask_ports_first)),
             mask_ports_count: u32_of(offset_of!(Config, mask_ports_count)),
             service_cidrs: cidrs(offset_of!(Config, service_cidrs)),

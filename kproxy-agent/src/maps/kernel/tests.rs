@@ -189,6 +189,7 @@ fn the_configuration_is_written_where_it_differs() {
         loopback_node_ports: 1,
         remember_peer: 0,
         host_sockets_only: 0,
+        some_opted_out: 0,
         mask_ports_first: 30_000,
         mask_ports_count: 2_000,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
@@ -202,7 +203,7 @@ fn the_configuration_is_written_where_it_differs() {
             1 => wanted.cluster_cidrs[0] = cidr(246, 17),
             2 => wanted.cluster_cidrs[1] = Cidr::NONE,
             3 => (wanted.remember_peer, wanted.service_cidrs[0]) = (1, cidr(96, 16)),
-            4 => wanted.host_sockets_only = 1,
+            4 => (wanted.host_sockets_only, wanted.some_opted_out) = (1, 1),
             _ => {}
         }
         maps.write_config(&wanted).unwrap();
@@ -210,8 +211,8 @@ fn the_configuration_is_written_where_it_differs() {
         assert_eq!(maps.hash_seed().unwrap(), wanted.hash_seed);
         let read = maps.read_config().unwrap();
         assert_eq!(
-            (read.remember_peer, read.host_sockets_only),
-            (wanted.remember_peer, wanted.host_sockets_only)
+            (read.remember_peer, read.host_sockets_only, read.some_opted_out),
+            (wanted.remember_peer, wanted.host_sockets_only, wanted.some_opted_out)
         );
     }
 }
@@ -235,7 +236,8 @@ fn bytes_of(config: &Config) -> Vec<u8> {
     bytes.extend(config.udp_timeout.to_ne_bytes());
     let [first, second] = config.hash_seed;
     bytes.extend([first, second, config.loopback_node_ports].into_iter().flat_map(u32::to_ne_bytes));
-    bytes.extend([config.remember_peer, config.host_sockets_only].into_iter().flat_map(u16::to_ne_bytes));
+    bytes.extend(config.remember_peer.to_ne_bytes());
+    bytes.extend([config.host_sockets_only, config.some_opted_out]);
     bytes.extend([config.mask_ports_first, config.mask_ports_count].into_iter().flat_map(u32::to_ne_bytes));
     for cidr in config.service_cidrs.iter().chain(&config.cluster_cidrs) {
         bytes.extend(cidr.address().octets());

@@ -110,6 +110,10 @@ impl kproxy_common::Tables for FlowView<'_> {
         self.services.source_allowed(number, client)
     }
 
+    fn opted_out(&self, netns_cookie: u64) -> bool {
+        self.services.opted_out(netns_cookie)
+    }
+
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
         self.flows.affinity.borrow().get(key).copied()
     }

@@ -2,12 +2,13 @@
 
 use std::fmt::Debug;
 
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use serde::de::DeserializeOwned;
 
 use super::trouble::Resource;
+use crate::model::Change;
 use crate::source::object::{Kind, Object};
 
 /// A kind of object that is watched.
@@ -18,6 +19,10 @@ pub(super) trait Watched:
     const RESOURCE: Resource;
     /// Whether kproxy works without it.
     const OPTIONAL: bool = false;
+    /// What it does then.
+    const WITHOUT: &str = "kproxy goes on without";
+    /// What it means that a list of them is complete, where that is asked.
+    const ALL: Option<Change> = None;
 
     fn object(self) -> Object;
 }
@@ -56,5 +61,17 @@ impl Watched for ServiceCIDR {
 
     fn object(self) -> Object {
         Object::ServiceCidr(Box::new(self))
+    }
+}
+
+impl Watched for Pod {
+    const KIND: Kind = Kind::Pod;
+    const RESOURCE: Resource = Resource { group: "", plural: "pods" };
+    const OPTIONAL: bool = true;
+    const WITHOUT: &str = "kproxy goes on without: no annotation kproxy.io/socket-hooks of a Pod is read";
+    const ALL: Option<Change> = Some(Change::AllPods);
+
+    fn object(self) -> Object {
+        Object::Pod(Box::new(self))
     }
 }

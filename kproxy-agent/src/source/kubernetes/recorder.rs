@@ -104,6 +104,7 @@ fn resource(kind: ObjectKind) -> (&'static str, &'static str, &'static str) {
         ObjectKind::Service => ("", "v1", "services"),
         ObjectKind::EndpointSlice => ("discovery.k8s.io", "v1", "endpointslices"),
         ObjectKind::Node => ("", "v1", "nodes"),
+        ObjectKind::Pod => ("", "v1", "pods"),
         ObjectKind::ServiceCidr => ("networking.k8s.io", "v1", "servicecidrs"),
     }
 }

@@ -36,6 +36,7 @@ struct Client {
     changes: usize,
     flushes: usize,
     synced: bool,
+    all_pods: bool,
 }
 
 impl Client {
@@ -49,6 +50,7 @@ impl Client {
             changes: 0,
             flushes: 0,
             synced: false,
+            all_pods: false,
         }
     }
 
@@ -58,6 +60,10 @@ impl Client {
             Event::Flush => self.flushes += 1,
             Event::Problem(problem) => self.problems.note(problem),
             Event::Change(change) => {
+                if matches!(change, Change::AllPods) {
+                    self.all_pods = true;
+                    return;
+                }
                 self.changes += 1;
                 let (key, metadata) = match change {
                     Change::Service(key, object) => {
@@ -72,6 +78,7 @@ impl Client {
                     Change::ServiceCidr(name, object) => {
                         ((Kind::ServiceCidr, name), object.map(|object| object.metadata))
                     }
+                    Change::Pod(key, object) => ((Kind::Pod, key.name), object.map(|object| object.metadata)),
                     other => panic!("no change of a source: {other:?}"),
                 };
                 match metadata {
@@ -130,14 +137,18 @@ async fn all_kinds_are_listed_and_watched_with_their_selectors() {
         api.put("endpointslices", slice);
         api.put("nodes", node("node-a"));
         api.put("servicecidrs", json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"}}));
+        let pod =
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default"}});
+        api.put("pods", pod);
         let mut client = Client::of(&[url(&api)]).await;
         client.until("the first lists", |client| client.synced).await;
-        assert_eq!((client.changes, client.objects.len(), client.kinds()), (1203, 1203, vec![]));
+        assert_eq!((client.changes, client.objects.len(), client.kinds()), (1204, 1204, vec![]));
+        assert!(client.all_pods);
         client.until("the flush after it", |client| client.flushes == 1).await;
 
         api.put("services", service("s1"));
         api.delete("endpointslices", "s0-1");
-        client.until("a watch event of each", |client| client.changes == 1205).await;
+        client.until("a watch event of each", |client| client.changes == 1206).await;
         assert_eq!(client.of_kind(Kind::Service), api.names("services"));
         assert_eq!(client.of_kind(Kind::EndpointSlice), BTreeMap::new());
         client.until("a flush for them", |client| client.flushes >= 2).await;
@@ -155,6 +166,7 @@ async fn all_kinds_are_listed_and_watched_with_their_selectors() {
         assert!(has("/apis/discovery.k8s.io/v1/endpointslices?", &[list, label]), "{requests:?}");
         assert!(has("/api/v1/nodes?", &[list, "fieldSelector=metadata.name%3Dnode-a"]), "{requests:?}");
         assert!(has("/apis/networking.k8s.io/v1/servicecidrs?", &[list]), "{requests:?}");
+        assert!(has("/api/v1/pods?", &[list, "fieldSelector=spec.nodeName%3Dnode-a"]), "{requests:?}");
     }
 }
 
@@ -237,10 +249,12 @@ async fn a_short_list_is_confirmed_before_anything_is_deleted() {
 async fn what_is_not_allowed_is_named_and_what_is_not_necessary_is_done_without() {
     let api = FakeApi::start().await;
     api.put("nodes", node("node-a"));
-    api.state().refuse = [("endpointslices".to_owned(), 403), ("servicecidrs".to_owned(), 404)].into();
+    api.state().refuse = [("endpointslices", 403), ("servicecidrs", 404), ("pods", 403)]
+        .map(|(what, code)| (what.to_owned(), code))
+        .into();
     let mut client = Client::of(&[url(&api)]).await;
-    let expected = [(ProblemKind::Authorization, 1), (ProblemKind::ApiMissing, 1)];
-    client.until("both troubles", |client| client.kinds() == expected).await;
+    let expected = [(ProblemKind::Authorization, 1), (ProblemKind::ApiMissing, 2)];
+    client.until("all troubles", |client| client.kinds() == expected).await;
     client.wait(200).await;
     assert!(!client.synced, "without EndpointSlices there is no full list");
     let problem = client.problems.iter().find(|problem| problem.kind == ProblemKind::Authorization);
@@ -251,9 +265,12 @@ async fn what_is_not_allowed_is_named_and_what_is_not_necessary_is_done_without(
 
     api.state().refuse.remove("endpointslices");
     client.until("the lists", |client| client.synced).await;
-    assert_eq!(client.kinds(), [(ProblemKind::ApiMissing, 1)]);
+    assert_eq!(client.kinds(), [(ProblemKind::ApiMissing, 2)]);
+    let pods = client.problems.iter().find(|problem| problem.place == "pods").expect("it is said");
+    assert!(pods.what.contains("kproxy.io/socket-hooks") && pods.mend.contains(r#"["pods"]"#), "{pods:?}");
+    assert!(!client.all_pods, "nobody knows of Pods");
     api.state().refuse.clear();
-    client.until("the API that came later", |client| client.kinds().is_empty()).await;
+    client.until("the APIs that came later", |client| client.kinds().is_empty() && client.all_pods).await;
 }
 
 #[tokio::test]
@@ -292,7 +309,7 @@ async fn a_server_that_is_not_there_is_one_problem_with_a_mend() {
 fn the_own_node_is_waited_for_but_not_for_ever() {
     let mut merged = Merged::new("node-a".to_owned());
     let mut outgoing = Vec::new();
-    for kind in [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr] {
+    for kind in [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr, Kind::Pod] {
         merged.take(Report::Listed(kind), &mut outgoing);
         merged.say_synced(&mut outgoing);
     }

@@ -278,7 +278,7 @@ impl<K: Watched> Watch<K> {
         for key in &missing {
             self.known.remove(key);
         }
-        self.send(missing.iter().map(ObjectKey::gone).collect()).await?;
+        self.send(missing.iter().map(ObjectKey::gone).chain(K::ALL).collect()).await?;
         self.succeeded().await?;
         self.say_listed().await
     }
@@ -420,7 +420,7 @@ impl<K: Watched> Watch<K> {
         }
         let problem = error.problem(K::RESOURCE, self.servers.url(attempt), self.servers.origin());
         if K::OPTIONAL && (error.is_not_found() || error.is_forbidden()) {
-            let what = format!("{}; kproxy goes on without", problem.what);
+            let what = format!("{}; {}", problem.what, K::WITHOUT);
             self.say(Some(SourceProblem { kind: ProblemKind::ApiMissing, what, ..problem })).await?;
             self.say_listed().await?;
             return Ok(Some(self.timing.optional));

@@ -159,6 +159,7 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
                     Kind::EndpointSlice => yaml(document).map(Object::EndpointSlice),
                     Kind::Node => yaml(document).map(Object::Node),
                     Kind::ServiceCidr => yaml(document).map(Object::ServiceCidr),
+                    Kind::Pod => yaml(document).map(Object::Pod),
                 };
                 match object {
                     Ok(object) => {
@@ -251,6 +252,7 @@ impl Parsed {
             Kind::EndpointSlice => serde_json::from_value(value).map(Object::EndpointSlice),
             Kind::Node => serde_json::from_value(value).map(Object::Node),
             Kind::ServiceCidr => serde_json::from_value(value).map(Object::ServiceCidr),
+            Kind::Pod => serde_json::from_value(value).map(Object::Pod),
         };
         let place = || format!("{place}the {} {name}", kind.name());
         match object {
@@ -381,7 +383,7 @@ fn unknown_kind(api_version: &str, kind: &str) -> Flaw {
         ("v1", "Endpoints" | "EndpointsList") => "write EndpointSlices (discovery.k8s.io/v1) in its place",
         (_, "EndpointSlice") => "its apiVersion must be discovery.k8s.io/v1",
         (_, "ServiceCIDR") => "its apiVersion must be networking.k8s.io/v1",
-        _ => "kproxy reads Service, EndpointSlice, Node and ServiceCIDR; take it out of the folder",
+        _ => "kproxy reads Service, EndpointSlice, Node, ServiceCIDR and Pod; take it out of the folder",
     };
     Flaw {
         kind: ProblemKind::UnknownKind,

@@ -11,6 +11,7 @@ use super::holdings::Holdings;
 use super::parallel;
 use super::reading::{self, Content, DocumentRead, FileRead, KnownDocuments, Language};
 use super::said::{About, Said};
+use crate::model::Change;
 use crate::source::Event;
 use crate::source::object::ObjectKey;
 use crate::source::problem::{ProblemKind, SourceProblem};
@@ -131,6 +132,7 @@ impl Reader {
         self.delete_orphans(touched, work.confirm, &mut emit);
         if !self.synced && work.scan && all_there {
             self.synced = true;
+            emit(Event::Change(Change::AllPods));
             emit(Event::Synced);
         }
         if emitted.get() {

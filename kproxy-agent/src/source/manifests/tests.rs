@@ -64,6 +64,7 @@ impl Received {
                     None => assert!(self.services.remove(&key.name).is_some(), "{key} was never there"),
                 }
             }
+            Event::Change(Change::AllPods) => assert!(!self.synced, "said of the first full list"),
             Event::Change(other) => panic!("the tests write Services: {other:?}"),
             Event::Problem(problem) => self.problems.note(problem),
             Event::Synced => self.synced = true,

@@ -55,11 +55,17 @@ fn all_kinds_are_read_and_other_nodes_are_not() {
          metadata:\n  name: web-1\n  namespace: shop\n---\n\
          kind: Node\napiVersion: v1\nmetadata: {name: node-a}\n---\n\
          kind: Node\napiVersion: v1\nmetadata: {name: node-b}\n---\n\
-         {apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: kubernetes}}\n",
+         {apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: kubernetes}}\n---\n\
+         {apiVersion: v1, kind: Pod, metadata: {name: mesh}, spec: {nodeName: node-a, containers: []}}\n",
     );
     assert_eq!(parsed.flaws, []);
-    let expected =
-        ["Service default/web", "EndpointSlice shop/web-1", "Node node-a", "ServiceCIDR kubernetes"];
+    let expected = [
+        "Service default/web",
+        "EndpointSlice shop/web-1",
+        "Node node-a",
+        "ServiceCIDR kubernetes",
+        "Pod default/mesh",
+    ];
     assert_eq!(names(&parsed), expected);
 }
 

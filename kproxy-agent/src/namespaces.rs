@@ -15,10 +15,11 @@ use crate::programs::namespace_cookie;
 
 /// Network namespaces, each once.
 #[derive(Debug)]
-pub(super) struct Namespaces {
+pub struct Namespaces {
     own: File,
     /// By device and inode, which are a namespace's identity.
     all: BTreeMap<(u64, u64), File>,
+    hidden: usize,
 }
 
 impl Namespaces {
@@ -26,19 +27,31 @@ impl Namespaces {
     pub fn of_processes(cgroup: &Path) -> Result<Self> {
         let path = "/proc/thread-self/ns/net";
         let own = File::open(path).with_context(|| format!("cannot open {path}"))?;
-        let mut all = BTreeMap::new();
+        let (mut all, mut hidden) = (BTreeMap::new(), 0);
         insert(&mut all, own.try_clone()?)?;
         let mut folders = vec![cgroup.to_owned()];
         while let Some(folder) = folders.pop() {
             for process in processes(&folder) {
-                // A process that has ended meanwhile has no sockets.
-                if let Ok(namespace) = File::open(format!("/proc/{process}/ns/net")) {
-                    insert(&mut all, namespace)?;
+                if process == HIDDEN {
+                    hidden += 1;
+                    continue;
+                }
+                match File::open(format!("/proc/{process}/ns/net")) {
+                    Ok(namespace) => insert(&mut all, namespace)?,
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => hidden += 1,
+                    // It has ended meanwhile, and has no sockets.
+                    Err(_) => {}
                 }
             }
             folders.extend(children(&folder));
         }
-        Ok(Self { own, all })
+        Ok(Self { own, all, hidden })
+    }
+
+    /// How many processes there are whose namespaces this one may not see: it is in a PID namespace of its own, or lacks
+    /// CAP_SYS_PTRACE.
+    pub fn hidden(&self) -> usize {
+        self.hidden
     }
 
     /// Does something in each, with the namespace's cookie where the kernel tells it. This thread is moved: nothing else
@@ -58,11 +71,13 @@ fn insert(all: &mut BTreeMap<(u64, u64), File>, namespace: File) -> io::Result<(
     Ok(())
 }
 
-/// The processes of a cgroup; none where it is gone, or holds threads only. 0 stands for one that this process cannot
-/// see.
+/// What stands in `cgroup.procs` for a process of another PID namespace.
+const HIDDEN: u32 = 0;
+
+/// The processes of a cgroup; none where it is gone, or holds threads only.
 fn processes(cgroup: &Path) -> Vec<u32> {
     let text = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    text.lines().filter_map(|line| line.parse().ok()).filter(|process| *process != 0).collect()
+    text.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 fn children(cgroup: &Path) -> Vec<PathBuf> {
