@@ -57,8 +57,8 @@ pub struct Selection {
 /// The program variant of each interface that gets hooks.
 ///
 /// A pod's interface is a pair that leads into another namespace and carries none of the node's own addresses
-/// (`node_addresses`): a node whose uplink is such a pair itself, as in nested clusters, keeps that for the
-/// outside.
+/// (`node_addresses`), nor does the bridge that it is a port of: a node whose uplink is such a pair itself, as in nested
+/// clusters, keeps that for the outside.
 pub fn hooked(
     devices: &Devices,
     selection: &Selection,
@@ -69,7 +69,9 @@ pub fn hooked(
         .filter(|(_, device)| !device.is_loopback && !device.is_bridge)
         .filter(|(_, device)| selection.allows(&device.name))
         .filter_map(|(index, device)| {
-            let is_pod = device.leads_to_namespace && device.addresses.is_disjoint(node_addresses);
+            let bridge = device.bridge.and_then(|bridge| devices.get(&bridge));
+            let is_of_pods = |device: &Device| device.addresses.is_disjoint(node_addresses);
+            let is_pod = device.leads_to_namespace && is_of_pods(device) && bridge.is_none_or(is_of_pods);
             let program = DeviceProgram { has_ethernet_header: device.has_ethernet_header?, is_pod };
             Some((*index, (device.name.clone(), program)))
         })
@@ -97,11 +99,16 @@ pub fn masks(devices: &Devices, bridge_frames: BridgeFrames) -> BTreeMap<u32, De
         .map(|(index, device)| {
             let bridge = device.bridge.and_then(|bridge| devices.get(&bridge));
             let own = |v4| usable(device, v4).or_else(|| usable(bridge?, v4));
+            // An uplink can be a bridge's port, too, and alone there.
+            let is_beside_pods = bridge.is_some()
+                && devices.iter().any(|(other, port)| {
+                    other != index && port.bridge == device.bridge && port.leads_to_namespace
+                });
             let mask = DeviceMask {
                 v4: own(true).or(any_v4),
                 v6: own(false).or(any_v6),
-                bridged_v4: bridge.is_some() && !bridge_frames.filtered_v4,
-                bridged_v6: bridge.is_some() && !bridge_frames.filtered_v6,
+                bridged_v4: is_beside_pods && !bridge_frames.filtered_v4,
+                bridged_v6: is_beside_pods && !bridge_frames.filtered_v6,
             };
             (*index, mask)
         })
@@ -299,15 +306,24 @@ mod tests {
             (5, Device { leads_to_namespace: false, ..veth("vxlan0", &[]) }),
             (6, Device { has_ethernet_header: Some(false), leads_to_namespace: false, ..veth("wg0", &[]) }),
             (7, Device { has_ethernet_header: None, ..veth("can0", &[]) }),
+            // The uplink of a node within another one, on a bridge with the node's address.
+            (8, Device { is_bridge: true, ..veth("br0", &["192.0.2.12"]) }),
+            (9, Device { bridge: Some(8), ..veth("nested", &[]) }),
         ]
         .into();
-        let node = ["192.0.2.11".parse().unwrap()].into();
+        let node = ["192.0.2.11", "192.0.2.12"].map(|text| text.parse().unwrap()).into();
         let hooked = hooked(&devices, &Selection::default(), &node);
         let table: Vec<_> =
             hooked.values().map(|(name, p)| (name.as_str(), p.has_ethernet_header, p.is_pod)).collect();
         assert_eq!(
             table,
-            [("uplink", true, false), ("cali1", true, true), ("vxlan0", true, false), ("wg0", false, false)]
+            [
+                ("uplink", true, false),
+                ("cali1", true, true),
+                ("vxlan0", true, false),
+                ("wg0", false, false),
+                ("nested", true, false)
+            ]
         );
     }
 
@@ -319,6 +335,10 @@ mod tests {
             (3, veth("cali1", &["fe80::1"])),
             (4, Device { is_bridge: true, ..veth("cni0", &["10.244.1.1"]) }),
             (5, Device { bridge: Some(4), ..veth("v1", &[]) }),
+            (6, Device { bridge: Some(4), ..veth("v2", &[]) }),
+            // A bridge without a pod, for the uplink alone.
+            (7, Device { is_bridge: true, ..veth("br0", &["192.0.2.12"]) }),
+            (8, Device { leads_to_namespace: false, bridge: Some(7), ..veth("eth1", &[]) }),
         ]
         .into();
         let masks = masks(&devices, BridgeFrames { filtered_v4: false, filtered_v6: true });
@@ -335,6 +355,9 @@ mod tests {
                 (3, some("192.0.2.11"), some("2001:db8::11"), false, false),
                 (4, some("10.244.1.1"), some("2001:db8::11"), false, false),
                 (5, some("10.244.1.1"), some("2001:db8::11"), true, false),
+                (6, some("10.244.1.1"), some("2001:db8::11"), true, false),
+                (7, some("192.0.2.12"), some("2001:db8::11"), false, false),
+                (8, some("192.0.2.12"), some("2001:db8::11"), false, false),
             ]
         );
     }

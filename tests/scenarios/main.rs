@@ -38,6 +38,7 @@ mod shapes;
 mod soak;
 mod sockets;
 mod source_ranges;
+mod stacked;
 mod tagged;
 mod traceroute;
 mod tunnels;
@@ -79,6 +80,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, traceroute::SCENARIOS),
     (kproxy, redirects::SCENARIOS),
     (kproxy, tunnels::SCENARIOS),
+    (kproxy, stacked::SCENARIOS),
     (kproxy, tagged::SCENARIOS),
     (kproxy, packet_rules::SCENARIOS),
     (kproxy, offloads::SCENARIOS),
