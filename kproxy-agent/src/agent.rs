@@ -43,6 +43,9 @@ pub(crate) use surroundings::has_kube_ipvs0;
 use sync::Syncer;
 use telemetry::Telemetry;
 
+/// How often the sysctls of bridges are looked at, which others set at any time: a module that is loaded, a CNI that starts.
+const LOOK_AT_BRIDGES: Duration = Duration::from_secs(2);
+
 /// The ports that clients are masked with: the first, and how many.
 pub(crate) const MASK_PORTS: (u32, u32) = (config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
 
@@ -127,6 +130,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         is_synced: false,
         is_attached: false,
         failed_devices: BTreeMap::new(),
+        bridge_frames: BridgeFrames::read(),
         flows: FlowCare::default(),
         opt_outs,
         some_opted_out,
@@ -147,6 +151,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         Some(connection) => kubernetes::watch(connection, &node_name),
         None => manifests::follow(&args.source.manifests, &node_name),
     };
+    let mut look_again = tokio::time::interval(LOOK_AT_BRIDGES);
+    look_again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let timer = agent.syncer.next_try();
         tokio::select! {
@@ -159,6 +165,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
                 None => return (&mut watcher).await.context("the interfaces are no longer followed")?,
             },
             () = wait_until(timer) => agent.sync()?,
+            _ = look_again.tick() => agent.look_at_bridges(),
             () = wait_until_instant(agent.flows.next_step()) => agent.flows.step(agent.telemetry.metrics()),
             _ = stop.recv() => break,
             _ = interrupt.recv() => break,
@@ -182,6 +189,7 @@ struct Agent<'a> {
     is_synced: bool,
     is_attached: bool,
     failed_devices: BTreeMap<String, String>,
+    bridge_frames: BridgeFrames,
     flows: FlowCare,
     opt_outs: OptOuts,
     /// Whether the programs are to ask which pods are opted out.
@@ -406,7 +414,30 @@ impl Agent<'_> {
             self.attached.forget_earlier_parts();
         }
         self.failed_devices = failed;
-        if let Err(error) = self.programs.masks(&devices::masks(&self.devices, BridgeFrames::read())) {
+        self.bridge_frames = BridgeFrames::read();
+        self.set_masks();
+    }
+
+    /// Notices that somebody has set what netfilter sees of bridges: of that the kernel tells nobody.
+    fn look_at_bridges(&mut self) {
+        let now = BridgeFrames::read();
+        if now == self.bridge_frames {
+            return;
+        }
+        let BridgeFrames { filtered_v4, filtered_v6 } = now;
+        tracing::info!(
+            ipv4 = filtered_v4,
+            ipv6 = filtered_v6,
+            "whether frames between two ports of a bridge pass netfilter has changed"
+        );
+        self.bridge_frames = now;
+        if self.is_attached {
+            self.set_masks();
+        }
+    }
+
+    fn set_masks(&mut self) {
+        if let Err(error) = self.programs.masks(&devices::masks(&self.devices, self.bridge_frames)) {
             tracing::error!("clients cannot be masked on interfaces that came or changed: {error:#}");
         }
     }

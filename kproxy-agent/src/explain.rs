@@ -39,6 +39,11 @@ pub trait Ground {
     fn frontends(&self) -> Vec<(FrontendKey, u32)>;
     /// Where the client with this address is.
     fn place(&self, query: &Query) -> Place;
+    /// Whether this client shares a bridge with this node's pods whose frames pass netfilter by; of no matter to what socket
+    /// hooks translate. Without an interface nothing of that kind is known.
+    fn shares_bridge(&self, _: &Query) -> bool {
+        false
+    }
     /// What the set leaves out, where more is known of it than the tables say.
     fn left_out(&self, port: &ServicePort, set: TrafficPolicy) -> Option<Vec<LeftOut>>;
     /// An error if something could not be read since the last call: what was answered since is worth nothing.
@@ -113,7 +118,8 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
                 unserved(&tables, query)
             } else {
                 answer.way = Some(way);
-                answer.backends = backends(&tables, &balance, &connection.client, &place, way);
+                let beside_pods = way == Way::Packet && ground.shares_bridge(query);
+                answer.backends = backends(&tables, &balance, &connection.client, &place, way, beside_pods);
                 match answer.backends.is_empty() {
                     true => (Verdict::Drop, kproxy_common::Reason::TableError),
                     false => (Verdict::Forward, kproxy_common::Reason::Forwarded),
@@ -203,6 +209,7 @@ fn backends(
     client: &Client,
     place: &Place,
     way: Way,
+    beside_pods: bool,
 ) -> Vec<BackendAnswer> {
     let side = balance.side;
     let count = u64::from(side.count());
@@ -220,8 +227,10 @@ fn backends(
         .collect();
     picked.sort_by_key(|backend| (backend.address(), backend.port()));
     // A socket that was translated sends packets from the client to the backend, which nobody touches.
-    let is_masked =
-        |backend: &Backend| way == Way::Packet && is_masked(&side, backend, place.behind, &client.address);
+    let is_masked = |backend: &Backend| {
+        way == Way::Packet
+            && (is_masked(&side, backend, place.behind, &client.address) || backend.is_local() && beside_pods)
+    };
     let answer = |backend: &Backend| BackendAnswer {
         address: std::net::SocketAddr::new(backend.address().into(), backend.port()),
         source: if is_masked(backend) { Source::Masked } else { Source::Kept },

@@ -4,6 +4,7 @@
 //! by, `--exact`, `--list`, `--skip`.
 
 mod agent;
+mod bridges;
 mod cluster;
 mod commands;
 mod control;
@@ -92,6 +93,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, dumps::SCENARIOS),
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),
+    (kproxy, bridges::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),
     (kproxy, node::SCENARIOS),

@@ -31,7 +31,7 @@ pub fn run(common: &Common, args: &ExplainArgs) -> Result<()> {
     let questions = Questions::of(args)?;
     if args.manifests.is_empty() {
         let maps = KernelMaps::open(&common.bpf_root)?;
-        return questions.answer(&Live::new(&maps)?, args);
+        return questions.answer(&Live::new(&maps, &common.bpf_root)?, args);
     }
     let model = model(args)?;
     let hooks = Hooks {

@@ -1,6 +1,6 @@
 //! The maps of this node, read only, and where a client is by this node's routes. Works with the agent stopped.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result};
 use futures::TryStreamExt as _;
@@ -15,7 +15,7 @@ use rtnetlink::{
 use super::{Ground, Place, Query, ServicePort};
 use crate::{
     devices::{self, Device, Devices},
-    maps::kernel::{FirstError, KernelMaps, Lookup},
+    maps::kernel::{DeviceMap, FirstError, KernelMaps, Lookup},
     model::LeftOut,
 };
 
@@ -26,11 +26,14 @@ pub struct Live<'a> {
     runtime: tokio::runtime::Runtime,
     routes: rtnetlink::Handle,
     devices: Devices,
+    /// What the packet programs know of each interface.
+    device: DeviceMap,
 }
 
 impl<'a> Live<'a> {
-    /// Over `maps`, which are this node's, in its network namespace.
-    pub fn new(maps: &'a KernelMaps) -> Result<Self> {
+    /// Over `maps`, which are this node's and pinned below `root`, in its network namespace.
+    pub fn new(maps: &'a KernelMaps, root: &Path) -> Result<Self> {
+        let device = DeviceMap::open(root)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -41,7 +44,7 @@ impl<'a> Live<'a> {
         };
         runtime.spawn(connection);
         let devices = runtime.block_on(devices::list(&routes))?;
-        Ok(Self { maps, error: FirstError::default(), runtime, routes, devices })
+        Ok(Self { maps, error: FirstError::default(), runtime, routes, devices, device })
     }
 
     fn lookup(&self) -> Lookup<'_> {
@@ -115,6 +118,23 @@ impl Ground for Live<'_> {
             }
             Err(error) => place(ClientKind::Outside, format!("no route to it: {error:#}")),
         }
+    }
+
+    fn shares_bridge(&self, query: &Query) -> bool {
+        let Ok(Some(way)) = self.interface_to(query.from.into()) else { return false };
+        let is_bridged = |index: &u32| match self.device.shares_bridge(*index, query.from.is_v4()) {
+            Ok(is_bridged) => is_bridged,
+            Err(error) => {
+                self.error.borrow_mut().get_or_insert(error);
+                false
+            }
+        };
+        // A route leads to the bridge, the packet comes in by one of its ports.
+        let bridge =
+            self.devices.iter().find(|(_, device)| std::ptr::eq(*device, way)).map(|(index, _)| *index);
+        let ports =
+            self.devices.iter().filter(|(_, device)| device.bridge.is_some() && device.bridge == bridge);
+        ports.map(|(index, _)| index).any(is_bridged)
     }
 
     fn left_out(&self, _: &ServicePort, _: TrafficPolicy) -> Option<Vec<LeftOut>> {

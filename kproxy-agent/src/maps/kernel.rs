@@ -3,6 +3,7 @@
 mod batch;
 mod carry;
 mod config;
+mod device;
 mod drops;
 mod flows;
 mod grace;
@@ -35,6 +36,7 @@ use crate::plan::{Capacity, Word};
 pub use self::{
     batch::probe_batches,
     carry::Carry,
+    device::DeviceMap,
     drops::DropMaps,
     flows::{Cursor, FlowMaps, FlowTable},
     lookup::{FirstError, Lookup},
