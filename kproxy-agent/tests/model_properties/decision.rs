@@ -21,7 +21,7 @@ use crate::affine;
 use crate::generate::{self, Event, World};
 use crate::naive::{self, Frontend};
 use crate::runs;
-use crate::verdict::{Affinity, Question, Verdict, is_masked, kind, verdict};
+use crate::verdict::{Affinity, Question, Verdict, is_masked, kind, sent_unseen, verdict};
 
 pub const CAPACITY: Capacity =
     Capacity { frontends: 128, backends: 1_024, addresses: 64, source_ranges: 256 };
@@ -273,7 +273,9 @@ fn explained(
         let ground = Placed { planned: &planned, behind };
         let query = Query { from: client, to: destination, port, protocol };
         let answer = explain::explain(&ground, &query).expect("memory can be read");
-        let expected = verdict(config, &written.world, &written.frontends, question);
+        let rules =
+            if (behind, protocol) == (ClientKind::Host, Protocol::Sctp) { sent_unseen } else { verdict };
+        let expected = rules(config, &written.world, &written.frontends, question);
         let (word, backends) = match expected {
             Verdict::Pass => ("pass", BTreeSet::new()),
             Verdict::Reject => ("reject", BTreeSet::new()),

@@ -46,15 +46,9 @@ pub fn verdict<'a>(
     frontends: &'a BTreeMap<FrontendKey, Frontend>,
     question: &Question,
 ) -> Verdict<'a> {
-    let Question { client, destination, port, protocol, .. } = question;
+    let Question { client, destination, .. } = question;
     let kind = kind(config, question);
-    let exact = frontends.get(&FrontendKey::new(*destination, *port, *protocol));
-    let node_port = || {
-        let is_loopback = destination.is_loopback() && kind == ClientKind::Host;
-        let key = FrontendKey::node_port(destination, *port, *protocol);
-        frontends.get(&key).filter(|_| is_loopback || answers_node_ports(config, world, destination))
-    };
-    let Some(frontend) = exact.or_else(node_port) else {
+    let Some(frontend) = asked(config, world, frontends, question) else {
         return without_frontend(config, world, destination);
     };
     let is_outside = kind == ClientKind::Outside;
@@ -73,6 +67,41 @@ pub fn verdict<'a>(
         (false, true, true) if side.mode == Mode::Drop => Verdict::Drop,
         (false, true, true) => Verdict::Reject,
     }
+}
+
+/// What becomes of what this host sends by SCTP, which no socket hook sees: it is not translated, and what lies in a
+/// ServiceCIDR, or is a ClusterIP's, does not leave.
+pub fn sent_unseen<'a>(
+    config: &NodeConfig,
+    world: &World,
+    frontends: &'a BTreeMap<FrontendKey, Frontend>,
+    question: &Question,
+) -> Verdict<'a> {
+    match verdict(config, world, frontends, question) {
+        verdict @ (Verdict::Pass | Verdict::Drop) => verdict,
+        Verdict::Reject if asked(config, world, frontends, question).is_none() => Verdict::Drop,
+        Verdict::Reject | Verdict::Forward(..) if in_service_cidr(config, world, &question.destination) => {
+            Verdict::Drop
+        }
+        Verdict::Reject | Verdict::Forward(..) => Verdict::Pass,
+    }
+}
+
+/// The frontend that is asked.
+fn asked<'a>(
+    config: &NodeConfig,
+    world: &World,
+    frontends: &'a BTreeMap<FrontendKey, Frontend>,
+    question: &Question,
+) -> Option<&'a Frontend> {
+    let Question { destination, port, protocol, .. } = question;
+    let exact = frontends.get(&FrontendKey::new(*destination, *port, *protocol));
+    let node_port = || {
+        let is_loopback = destination.is_loopback() && kind(config, question) == ClientKind::Host;
+        let key = FrontendKey::node_port(destination, *port, *protocol);
+        frontends.get(&key).filter(|_| is_loopback || answers_node_ports(config, world, destination))
+    };
+    exact.or_else(node_port)
 }
 
 /// Whether the backend sees the node instead of the client.
