@@ -56,6 +56,8 @@ pub trait FlowTables: Tables {
     /// Moves one entry of an established flow that has ended to those that are being opened or closed. Packets find it on
     /// its way.
     fn put_ended(&self, whole: &Conversation, role: Role);
+    /// Removes what stands under the key of one entry among the flows that are being opened or closed.
+    fn remove_transient(&self, whole: &Conversation, role: Role);
     /// What stands, in either table, under the key of one entry of a flow.
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
     /// Notes in one entry of a flow that is being opened, in place, how far the flow has come and when; whether this entry

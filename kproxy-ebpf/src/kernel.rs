@@ -205,6 +205,11 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn remove_transient(&self, whole: &Conversation, role: Role) {
+        keys::clear(whole, role);
+    }
+
+    #[inline(always)]
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
         let Entry { key, .. } = Entry::of(whole, role)?;
         // SAFETY: as for `flow`.

@@ -85,6 +85,17 @@ pub fn end(whole: &Conversation, role: Role) {
     }
 }
 
+/// Removes what stands in `flow_transient` under the key of the entry: seldom anything, so it is looked for first, which
+/// takes no lock.
+#[inline(always)]
+pub fn clear(whole: &Conversation, role: Role) {
+    if let Some(Entry { key, .. }) = Entry::of(whole, role)
+        && transient(key).is_some()
+    {
+        let _ = maps::FLOW_TRANSIENT.remove(&*key);
+    }
+}
+
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn take_key() -> u64 {

@@ -115,3 +115,35 @@ fn ports_of_flows_that_are_over_are_given_out_again() {
         world.compare_flows();
     });
 }
+
+/// A client asks a backend by an address that hides it, is refused, and asks the same backend from the same port by one
+/// that does not.
+#[test]
+fn a_mask_goes_with_its_flow() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::Here(1)])]);
+        for (family, protocol) in [Family::V4, Family::V6]
+            .into_iter()
+            .flat_map(|family| [Protocol::Tcp, Protocol::Sctp].map(|protocol| (family, protocol)))
+        {
+            let ports = Ports::of(protocol);
+            let (client, backend) =
+                (Who::Client(1).at(family, 20_000), Who::Here(1).at(family, ports.target));
+            let mut pass = |at, from, to, flags| {
+                let packet = Frame::of(protocol, Link::Ethernet, from, to, flags);
+                let (verdict, sent) = world.meet(at, Link::Ethernet, &packet);
+                sent.unwrap_or_else(|| panic!("{from} to {to}: {verdict:?}"))
+            };
+            let hidden = Who::ClusterIp(1).at(family, ports.port);
+            assert_eq!(pass(At::In(Device::Uplink), client, hidden, SYN).destination(), backend);
+            let mask = pass(At::Out(Device::Pod), client, backend, SYN).source();
+            assert_ne!(mask, client);
+            assert_eq!(pass(At::In(Device::Pod), backend, mask, RST).destination(), client);
+            assert_eq!(pass(At::Out(Device::Uplink), backend, client, RST).source(), hidden);
+            let plain = Who::Node.at(family, ports.node_port(1));
+            assert_eq!(pass(At::In(Device::Uplink), client, plain, SYN).destination(), backend);
+            assert_eq!(pass(At::Out(Device::Pod), client, backend, SYN).source(), client);
+        }
+        world.compare_flows();
+    });
+}

@@ -191,6 +191,10 @@ impl FlowTables for FlowView<'_> {
         self.flows.flow.borrow_mut().remove(&key);
     }
 
+    fn remove_transient(&self, whole: &Conversation, role: Role) {
+        self.flows.transient.borrow_mut().remove(&entry(whole, role).0);
+    }
+
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
         let (key, _) = entry(whole, role);
         let established = self.flows.flow.borrow().get(&key).map(Hit::from);
