@@ -3,78 +3,21 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use etherparse::{Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, icmpv4, icmpv6};
 use kproxy_common::{Protocol, Reason};
 
 use crate::{
     cluster::Who,
     flow::Flow,
     frame::{ACK, Frame, Link, PSH, Transport},
-    hostile::with_ip_header,
+    messages::{Kind, Message, Quoted},
     seldom,
     world::{Action, At, ROOM, World, in_world},
 };
 
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    /// Path MTU discovery.
-    TooBig,
-    /// Nobody listens.
-    PortUnreachable,
-    /// Traceroute.
-    TimeExceeded,
-}
-
-const KINDS: [Kind; 3] = [Kind::TooBig, Kind::PortUnreachable, Kind::TimeExceeded];
-
-/// What is quoted of a packet.
-struct Quoted {
-    packet: Frame,
-    /// How much of it, from its transport header on.
-    length: usize,
-}
-
-impl Quoted {
-    fn bytes(&self) -> Vec<u8> {
-        let mut bytes = self.packet.bytes();
-        bytes.truncate(self.packet.ip.header_len() + self.length);
-        bytes
-    }
-}
-
-/// An error that `from` sends to who sent a packet.
 fn error(link: Link, kind: Kind, from: IpAddr, to: IpAddr, quoted: &Quoted) -> Vec<u8> {
-    let quoted = &quoted.bytes()[..];
-    let (number, mut message) = match (from, to) {
-        (IpAddr::V4(_), IpAddr::V4(_)) => {
-            use icmpv4::{DestUnreachableHeader as Unreachable, TimeExceededCode};
-            let kind = match kind {
-                Kind::TooBig => {
-                    let mtu = Unreachable::FragmentationNeeded { next_hop_mtu: 1_400 };
-                    Icmpv4Type::DestinationUnreachable(mtu)
-                }
-                Kind::PortUnreachable => Icmpv4Type::DestinationUnreachable(Unreachable::Port),
-                Kind::TimeExceeded => Icmpv4Type::TimeExceeded(TimeExceededCode::TtlExceededInTransit),
-            };
-            (IpNumber::ICMP, Icmpv4Header::with_checksum(kind, quoted).to_bytes().to_vec())
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            let kind = match kind {
-                Kind::TooBig => Icmpv6Type::PacketTooBig { mtu: 1_280 },
-                Kind::PortUnreachable => {
-                    Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port)
-                }
-                Kind::TimeExceeded => Icmpv6Type::TimeExceeded(icmpv6::TimeExceededCode::HopLimitExceeded),
-            };
-            let header = Icmpv6Header::with_checksum(kind, from.octets(), to.octets(), quoted);
-            (IpNumber::IPV6_ICMP, header.expect("it is short").to_bytes().to_vec())
-        }
-        _ => panic!("two families"),
-    };
-    message.extend(quoted);
-    with_ip_header(link, from, to, number, &message)
+    Message { kind, from, to, quoted: Some(quoted.clone()) }.bytes(link)
 }
 
 /// An error comes to one hook, and goes on as another error. So it does where octets follow that are not the packet's.
@@ -131,9 +74,11 @@ const LENGTHS: [usize; 4] = [8, 12, 18, 1_000];
 fn errors_reach_who_sent_the_packet() {
     in_world(ROOM, |world| {
         Flow::each(world, &PROTOCOLS, |world, flow| {
-            let Flow { family, client, client_device, frontend, backend, backend_device, peer, .. } = *flow;
+            let Flow {
+                family, client, client_device, inner, frontend, backend, backend_device, peer, ..
+            } = *flow;
             let router = Who::Client(254).ip(family);
-            for (kind, form) in KINDS.into_iter().flat_map(|kind| Form::ALL.map(|form| (kind, form))) {
+            for (kind, form) in Kind::ERRORS.into_iter().flat_map(|kind| Form::ALL.map(|form| (kind, form))) {
                 let quote = |ends, length| Quoted { packet: form.packet(flow, ends), length };
                 for length in LENGTHS {
                     // About a request, from a router behind this node or from the backend itself.
@@ -144,11 +89,11 @@ fn errors_reach_who_sent_the_packet() {
                         );
                         let seen = |link| error(link, kind, from, peer.ip(), &quote([peer, backend], length));
                         let inside =
-                            |link| error(link, kind, from, client.ip(), &quote([client, backend], length));
+                            |link| error(link, kind, from, client.ip(), &quote([inner, backend], length));
                         let name = if from == backend.ip() { frontend.ip() } else { from };
                         let told =
                             |link| error(link, kind, name, client.ip(), &quote([client, frontend], length));
-                        if peer != client {
+                        if flow.is_masked() {
                             becomes(world, flow, At::In(backend_device), seen, inside, &about);
                         }
                         becomes(world, flow, At::Out(client_device), inside, told, &about);
@@ -160,7 +105,7 @@ fn errors_reach_who_sent_the_packet() {
                         flow.about()
                     );
                     let inside =
-                        |link| error(link, kind, node, client.ip(), &quote([client, backend], length));
+                        |link| error(link, kind, node, client.ip(), &quote([inner, backend], length));
                     let told =
                         |link| error(link, kind, node, client.ip(), &quote([client, frontend], length));
                     becomes(world, flow, At::Out(client_device), inside, told, &about);
@@ -173,12 +118,12 @@ fn errors_reach_who_sent_the_packet() {
                         let seen =
                             |link| error(link, kind, from, frontend.ip(), &quote([frontend, client], length));
                         let inside =
-                            |link| error(link, kind, from, backend.ip(), &quote([backend, client], length));
+                            |link| error(link, kind, from, backend.ip(), &quote([backend, inner], length));
                         let name = if from == client.ip() { peer.ip() } else { from };
                         let told =
                             |link| error(link, kind, name, backend.ip(), &quote([backend, peer], length));
                         becomes(world, flow, At::In(client_device), seen, inside, &about);
-                        if peer != client {
+                        if flow.is_masked() {
                             becomes(world, flow, At::Out(backend_device), inside, told, &about);
                         }
                     }

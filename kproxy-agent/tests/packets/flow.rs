@@ -24,6 +24,8 @@ pub struct Flow {
     pub protocol: Protocol,
     pub client: SocketAddr,
     pub client_device: Device,
+    /// The client as the host sees it between its hooks: by another port, where a flow to the same backend has its own.
+    pub inner: SocketAddr,
     pub frontend: SocketAddr,
     pub backend: SocketAddr,
     pub backend_device: Device,
@@ -32,19 +34,23 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// One of each sort: pairs, families, links where there is a choice.
+    /// One of each sort: pairs, families, links where there is a choice; then another one from the client's same port to the
+    /// same backend, by another Service.
     pub fn each(world: &mut World, protocols: &[Protocol], mut test: impl FnMut(&mut World, &Self)) {
         for (number, (client, backend)) in PAIRS.into_iter().enumerate() {
-            let number = number as u8 + 1;
-            world.have(&[Service::new(number, &[backend])]);
+            let numbers = [number as u8 + 1, number as u8 + 1 + PAIRS.len() as u8];
+            world.have(&numbers.map(|number| Service::new(number, &[backend])));
             for family in [Family::V4, Family::V6] {
                 for link in Link::ALL {
                     if link == Link::Ip && [client, backend].iter().all(|who| matches!(who, Who::Here(_))) {
                         continue;
                     }
                     for protocol in protocols {
-                        let flow = Self::open(world, family, link, *protocol, client, (number, backend));
-                        test(world, &flow);
+                        for number in numbers {
+                            let flow = Self::open(world, family, link, *protocol, client, (number, backend));
+                            assert_eq!(flow.inner == flow.client, number == numbers[0], "{}", flow.about());
+                            test(world, &flow);
+                        }
                     }
                 }
             }
@@ -68,6 +74,7 @@ impl Flow {
             protocol,
             client: client.at(family, port),
             client_device: device(client),
+            inner: client.at(family, port),
             frontend: Who::Node.at(family, ports.node_port(number)),
             backend: backend.at(family, ports.target),
             backend_device: device(backend),
@@ -75,11 +82,12 @@ impl Flow {
         };
         let sent = flow.pass(world, At::In(flow.client_device), flow.client, flow.frontend, SYN);
         assert_eq!(sent.destination(), flow.backend);
-        flow.peer = flow.pass(world, At::Out(flow.backend_device), flow.client, flow.backend, SYN).source();
+        flow.inner = sent.source();
+        flow.peer = flow.pass(world, At::Out(flow.backend_device), flow.inner, flow.backend, SYN).source();
         let sent = flow.pass(world, At::In(flow.backend_device), flow.backend, flow.peer, SYN | ACK);
-        assert_eq!(sent.destination(), flow.client);
-        let sent = flow.pass(world, At::Out(flow.client_device), flow.backend, flow.client, SYN | ACK);
-        assert_eq!(sent.source(), flow.frontend);
+        assert_eq!(sent.destination(), flow.inner);
+        let sent = flow.pass(world, At::Out(flow.client_device), flow.backend, flow.inner, SYN | ACK);
+        assert_eq!((sent.source(), sent.destination()), (flow.frontend, flow.client));
         flow
     }
 
@@ -100,13 +108,18 @@ impl Flow {
 
     /// Where packets of the flow are met: the hook, from whom to whom they are there, and from whom to whom afterwards.
     pub fn places(&self) -> [(At, [SocketAddr; 2], [SocketAddr; 2]); 4] {
-        let Self { client, client_device, frontend, backend, backend_device, peer, .. } = *self;
+        let Self { client, client_device, inner, frontend, backend, backend_device, peer, .. } = *self;
         [
-            (At::In(client_device), [client, frontend], [client, backend]),
-            (At::Out(backend_device), [client, backend], [peer, backend]),
-            (At::In(backend_device), [backend, peer], [backend, client]),
-            (At::Out(client_device), [backend, client], [frontend, client]),
+            (At::In(client_device), [client, frontend], [inner, backend]),
+            (At::Out(backend_device), [inner, backend], [peer, backend]),
+            (At::In(backend_device), [backend, peer], [backend, inner]),
+            (At::Out(client_device), [backend, inner], [frontend, client]),
         ]
+    }
+
+    /// Whether the backend sees this node instead of the client.
+    pub fn is_masked(&self) -> bool {
+        self.peer != self.inner
     }
 
     pub fn about(&self) -> String {

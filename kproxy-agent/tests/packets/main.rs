@@ -13,6 +13,7 @@ mod hostile;
 mod lifetimes;
 mod longrun;
 mod masks;
+mod messages;
 mod nat;
 mod property;
 mod refusals;

@@ -46,6 +46,8 @@ pub struct Session {
 #[derive(Default)]
 pub struct Nat {
     pub sessions: Vec<Session>,
+    /// What has made room, for another session or because the client was turned away when it wanted a new one.
+    gone: Vec<Session>,
 }
 
 /// What becomes of a client's packet.
@@ -57,6 +59,8 @@ pub enum Fate {
     Begins,
     /// It goes where the session goes, or begins a new one: both are right.
     Either(Session),
+    /// It is of a session that is gone: it goes where that went, or is none of ours. Both are right.
+    Late(Session),
     /// It is none of ours.
     Untouched,
 }
@@ -71,11 +75,14 @@ impl Nat {
         flags: u8,
     ) -> Fate {
         let opens = protocol != Protocol::Tcp || flags == SYN;
-        let known = self.sessions.iter_mut().find(|session| {
-            (session.protocol, session.client, session.frontend) == (protocol, client, frontend)
-        });
+        let known = self.sessions.iter_mut().find(|session| session.is_by(protocol, client, frontend));
         let Some(session) = known else {
-            return if opens { Fate::Begins } else { Fate::Untouched };
+            let is_same = |gone: &&Session| gone.is_by(protocol, client, frontend);
+            return match self.gone.iter().find(is_same) {
+                _ if opens => Fate::Begins,
+                Some(gone) => Fate::Late(*gone),
+                None => Fate::Untouched,
+            };
         };
         if protocol == Protocol::Tcp && opens {
             match session.state {
@@ -135,12 +142,12 @@ impl Nat {
         backend: SocketAddr,
         peer: SocketAddr,
     ) {
-        self.sessions.retain(|session| {
-            let is_same = (session.client, session.frontend) == (client, frontend);
-            // One that is over by another frontend gives way to one that the backend could not tell from it.
-            let gives_way =
-                session.state == State::Over && (session.client, session.backend) == (client, backend);
-            session.protocol != protocol || !is_same && !gives_way
+        self.sessions.retain(|session| !session.is_by(protocol, client, frontend));
+        self.gone.retain(|session| !session.is_by(protocol, client, frontend));
+        // One that is over by another frontend gives way to one that the backend could not tell from it.
+        self.give_up(|session| {
+            session.state == State::Over
+                && (session.protocol, session.client, session.backend) == (protocol, client, backend)
         });
         let taken = self
             .sessions
@@ -148,6 +155,21 @@ impl Nat {
             .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer));
         assert_eq!(taken, None, "{backend} cannot tell {client}'s session from it");
         self.sessions.push(Session { protocol, client, frontend, backend, peer, state: State::Asked });
+    }
+
+    /// A client was turned away when it wanted a new session: what was there before is over.
+    pub fn forget(&mut self, protocol: Protocol, client: SocketAddr, frontend: SocketAddr) {
+        self.give_up(|session| session.is_by(protocol, client, frontend));
+    }
+
+    fn give_up(&mut self, is_meant: impl Fn(&Session) -> bool) {
+        self.gone.extend(self.sessions.extract_if(.., |session| is_meant(session)));
+    }
+}
+
+impl Session {
+    fn is_by(&self, protocol: Protocol, client: SocketAddr, frontend: SocketAddr) -> bool {
+        (self.protocol, self.client, self.frontend) == (protocol, client, frontend)
     }
 }
 

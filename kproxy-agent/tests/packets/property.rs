@@ -18,6 +18,7 @@ use serde_json::json;
 use crate::{
     cluster::{Family, Ports, Service, Who},
     frame::{ACK, FIN, Frame, Link, PSH, RST, SYN},
+    messages::{Kind, Message, Quoted},
     nat::{Fate, Nat, Session, offer},
     world::{At, Device, MASK_PORTS, ROOM, World, in_world},
 };
@@ -65,6 +66,14 @@ enum Event {
     Backend {
         session: Index,
         flags: u8,
+    },
+    /// An ICMP error about a packet of a session: a backend's, or a client's. It comes from who the packet was sent to, or
+    /// from a router on the way there.
+    Error {
+        session: Index,
+        kind: Kind,
+        is_about_reply: bool,
+        is_from_end: bool,
     },
     /// A packet that has nothing to do with any Service.
     Stranger {
@@ -118,6 +127,11 @@ fn event() -> impl Strategy<Value = Event> {
         }),
         8 => (any::<Index>(), flags()).prop_map(|(session, flags)| Event::Client { session, flags }),
         8 => (any::<Index>(), flags()).prop_map(|(session, flags)| Event::Backend { session, flags }),
+        4 => (any::<Index>(), 0..Kind::ERRORS.len(), any::<bool>(), any::<bool>()).prop_map(
+            |(session, kind, is_about_reply, is_from_end)| {
+                Event::Error { session, kind: Kind::ERRORS[kind], is_about_reply, is_from_end }
+            }
+        ),
         2 => stranger.prop_map(|(from, to, port, is_tcp, flags, goes_out)| {
             Event::Stranger { from, to, port, is_tcp, flags, goes_out }
         }),
@@ -195,6 +209,11 @@ impl History<'_, '_> {
                     self.backend_sends(protocol, backend, peer, flags);
                 }
             }
+            Event::Error { session, kind, is_about_reply, is_from_end } => {
+                if let Some(session) = self.session(session) {
+                    self.error(&session, kind, is_about_reply, is_from_end);
+                }
+            }
             Event::Stranger { from, to, port, is_tcp, flags, goes_out } => {
                 self.stranger(from, to, port, is_tcp, flags, goes_out);
             }
@@ -258,6 +277,11 @@ impl History<'_, '_> {
         });
         let before = match (fate, &offer) {
             (Fate::Along(session), _) => Some(session),
+            (Fate::Late(session), _) => {
+                let goes_on = sent.is_some_and(|sent| sent.destination() == session.backend);
+                assert!(goes_on || matches!(verdict, PacketVerdict::Pass { .. }), "{}", about());
+                return;
+            }
             (Fate::Untouched, _) => {
                 assert!(matches!(verdict, PacketVerdict::Pass { .. }), "{}", about());
                 return;
@@ -274,13 +298,13 @@ impl History<'_, '_> {
                     "{}",
                     about()
                 );
-                self.forget(protocol, client, frontend);
+                self.nat.forget(protocol, client, frontend);
                 return;
             }
             (Fate::Begins, Some((_, None))) => {
                 let is_denied = matches!(verdict, PacketVerdict::Drop { .. } | PacketVerdict::Refuse { .. });
                 assert!(is_denied, "{}", about());
-                self.forget(protocol, client, frontend);
+                self.nat.forget(protocol, client, frontend);
                 return;
             }
             (Fate::Either(session), Some(_))
@@ -288,7 +312,7 @@ impl History<'_, '_> {
             {
                 Some(session)
             }
-            (Fate::Either(_), Some((_, None))) => return self.forget(protocol, client, frontend),
+            (Fate::Either(_), Some((_, None))) => return self.nat.forget(protocol, client, frontend),
             (Fate::Begins | Fate::Either(_), Some((_, Some(_)))) => None,
         };
         let sent = sent.unwrap_or_else(|| panic!("lost: {}", about()));
@@ -351,6 +375,37 @@ impl History<'_, '_> {
         );
     }
 
+    /// Whoever sent the packet gets the error about what it sent, from whom it sent that to.
+    fn error(&mut self, session: &Session, kind: Kind, is_about_reply: bool, is_from_end: bool) {
+        let Session { protocol, client, frontend, backend, peer, .. } = *session;
+        let (arrived, sent) = match is_about_reply {
+            true => ([frontend, client], [backend, peer]),
+            false => ([peer, backend], [client, frontend]),
+        };
+        let router = Who::Client(254).ip(self.family);
+        let name = |end: SocketAddr| if is_from_end { end.ip() } else { router };
+        let packet = Frame::of(protocol, Link::Ip, arrived[0], arrived[1], ACK | PSH);
+        let quoted = Quoted { packet: packet.with_payload(b"what was said"), length: 1_000 };
+        let came = Message { kind, from: name(arrived[1]), to: arrived[0].ip(), quoted: Some(quoted) };
+        let (at, out) = (At::In(self.device_of(arrived[1])), At::Out(self.device_of(sent[0])));
+        let between = self.meet_message(at, &came);
+        let after = self.meet_message(out, &between);
+        let quoted = after.quoted.map(|quoted| [quoted.packet.source(), quoted.packet.destination()]);
+        assert_eq!(
+            (after.from, after.to, quoted),
+            (name(sent[1]), sent[0].ip(), Some(sent)),
+            "{kind:?} about {arrived:?} of {session:?}"
+        );
+    }
+
+    /// The message as it goes on.
+    fn meet_message(&mut self, at: At, message: &Message) -> Message {
+        let (At::In(device) | At::Out(device)) = at;
+        let link = self.link(device);
+        self.packets += 1;
+        message.after(at, &self.world.meet_message(at, link, message))
+    }
+
     /// Any of whom there are, and somebody else, speak to each other past all Services.
     fn stranger(&mut self, from: u8, to: u8, port: u8, is_tcp: bool, flags: u8, goes_out: bool) {
         let all = [&CLIENTS[..], &ENDPOINTS[..]].concat();
@@ -367,13 +422,6 @@ impl History<'_, '_> {
     fn meet(&mut self, at: At, link: Link, packet: &Frame) -> (PacketVerdict, Option<Frame>) {
         self.packets += 1;
         self.world.meet(at, link, packet)
-    }
-
-    /// A client opened something that does not go on: what was there before is over.
-    fn forget(&mut self, protocol: Protocol, client: SocketAddr, frontend: SocketAddr) {
-        self.nat.sessions.retain(|session| {
-            (session.protocol, session.client, session.frontend) != (protocol, client, frontend)
-        });
     }
 
     /// Who asks for which Service, and whether by its ClusterIP.

@@ -24,8 +24,9 @@ use kproxy::{
     wanted::ServiceKey,
 };
 use kproxy_common::{
-    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, MAX_CIDRS, PacketMeta,
-    PacketVerdict, Protocol, Reason, follow_fragment, map_names, on_egress, on_ingress, on_other_protocol,
+    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict,
+    MAX_CIDRS, PacketMeta, PacketVerdict, Protocol, Reason, follow_fragment, map_names, on_egress, on_icmp,
+    on_ingress, on_other_protocol,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -311,6 +312,12 @@ impl World {
     /// What the host decides about a packet of a protocol without ports.
     pub fn decide_about_other(&mut self, destination: &Address) -> PacketVerdict {
         on_other_protocol(&self.host.over(self.reconciler.tables(), &self.config), destination)
+    }
+
+    /// What the host decides about an ICMP message, having met all packets before.
+    pub fn decide_about_message(&self, at: At, meta: &IcmpMeta) -> IcmpVerdict {
+        let hook = if matches!(at, At::In(_)) { Hook::Ingress } else { Hook::Egress };
+        on_icmp(&self.host.over(self.reconciler.tables(), &self.config), meta, hook)
     }
 
     /// Lets the program and the host decide about this packet, both must agree to the last bit. The verdict, and
