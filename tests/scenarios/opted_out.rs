@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{
-    Check, Cni, Context, EchoServer, ElbSpec, Family, Frontend, Lab, Member, Node, NodeSpec, Pod,
+    Check, Cni, Context, EchoServer, ElbSpec, Family, Frontend, Lab, LogLine, Member, Node, NodeSpec, Pod,
+    kproxy_binary,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -21,6 +23,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::socket_hooks_of_the_host_alone_bridge", |ctx| flag(ctx, Cni::Bridge)),
     ("kproxy::a_pod_is_opted_out_routed", |ctx| annotation(ctx, Cni::RoutedVeth)),
     ("kproxy::a_pod_is_opted_out_bridge", |ctx| annotation(ctx, Cni::Bridge)),
+    ("kproxy::a_pod_that_cannot_be_opted_out_is_named", named),
 ];
 
 const NODE_PORT: u16 = 30_080;
@@ -229,6 +232,50 @@ fn annotation(ctx: &Context, cni: Cni) -> Result<()> {
         let strays = cluster.lab.strays()?;
         ensure!(strays.is_empty(), "{strays:?}");
         Ok(())
+    });
+    steps.done()
+}
+
+/// By an agent that lacks what it takes; everything else is served.
+fn named(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx, Cni::RoutedVeth)?;
+    let services = Services::new(&lab)?;
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], services.all())?;
+    let _servers = servers(&cluster)?;
+    let node = cluster.node("node-a")?.clone();
+    let pod = cluster.lab.pod("a1")?.clone();
+    let _process = pod.worker()?;
+    cluster.folder.write("a1.yaml", &pod_object(&pod, Some("false")))?;
+    becomes(&pod, &services.near, Seen::Service)?;
+    cluster.forget_agent("node-a");
+
+    let names_it = |what: &'static str| {
+        move |line: &LogLine| line.level == "WARN" && line.mentions("default/a1") && line.mentions(what)
+    };
+    let mut steps = Steps::new();
+    steps.step("on a kernel that does not tell namespaces apart", || {
+        let agent = node.agent().manifests(&cluster.folder).env("KPROXY_TEST_WITHOUT", "netns-cookie");
+        let mut agent = agent.start()?;
+        agent.wait_synced()?;
+        agent.wait_log("it naming the Pod", DEADLINE, names_it("before 5.14"))?;
+        Ok(())
+    });
+    steps.step("that does not see the node's processes", || {
+        let alone = cluster.lab.folder().join("kproxy-alone");
+        let binary = kproxy_binary()?;
+        // Ends with unshare, which the lab ends.
+        let script = format!(
+            "#!/bin/sh\nexec unshare --pid --fork --kill-child --mount-proc {} \"$@\"\n",
+            binary.display()
+        );
+        fs::write(&alone, script)?;
+        fs::set_permissions(&alone, fs::Permissions::from_mode(0o755))?;
+        let mut agent = node.agent().manifests(&cluster.folder).binary(&alone).start()?;
+        agent.wait_synced()?;
+        // What the agent before took out cannot be found again.
+        agent.wait_log("it naming the Pod", DEADLINE * 2, names_it("hostPID"))?;
+        connected_to(&pod, &services.near, Seen::Backend(TARGET))?;
+        connected_to(&node, &services.near, Seen::Backend(TARGET))
     });
     steps.done()
 }
