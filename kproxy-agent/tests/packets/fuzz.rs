@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use kproxy_common::{Address, PacketMeta, PacketVerdict, Piece, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, IcmpVerdict, PacketMeta, PacketVerdict, Piece, Protocol, Reason, TcpFlags};
 use serde_json::json;
 
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     cluster::{Service, Who},
     frame::{Frame, Link},
     hostile::{Dice, Kind, packet},
+    quotations::{self, Heard},
     world::{Action, At, Device, ROOM, World, in_world, is_long_enough},
 };
 
@@ -111,7 +112,14 @@ fn judge(
     }
     let (mut reading, fragment) = match Reading::of(link, bytes) {
         Read::Ports(reading, fragment) => (reading, fragment),
-        Read::Message => return judge_message(link, bytes, &outcome.bytes, came, reason),
+        Read::Message(transport, ends) => {
+            let verdict = match quotations::read(bytes, transport, ends) {
+                Heard::Message(message) => world.decide_about_message(at, &message),
+                Heard::Short => IcmpVerdict::Pass { reason: Reason::Malformed },
+                Heard::Far => return Ok((came, reason, None)),
+            };
+            return judge_message(link, bytes, &outcome.bytes, (came, reason), verdict);
+        }
         Read::Other(destination) => {
             let verdict = world.decide_about_other(&destination);
             let expected = match verdict {
@@ -150,10 +158,10 @@ fn judge(
         || expected.0 == Came::Translated && came == Came::Untouched && reason == expected.1;
     // A rewrite of a header that ends too early fails before it begins.
     let failed = !is_sound && (came, reason) == (Came::Dropped, Some(Reason::RewriteFailed));
-    // Lengths that lie, and headers that would have to be answered in kind, get no answer.
+    // Lengths that lie get no answer.
     let is_odd = !is_sound || matches!(reason, Some(Reason::Malformed | Reason::Unparsed));
     let silent = is_odd && came == Came::Dropped && expected.0 == Came::Answered;
-    if came == Came::Answered && is_sound {
+    if came == Came::Answered && is_as_told && Frame::parse(link, bytes).is_ok() {
         answers::check_refusal(link, bytes, &outcome.bytes)?;
     }
     if !same && !failed && !silent {
@@ -182,8 +190,8 @@ struct Reading {
 enum Read {
     /// Ports, or a fragment that follows them, with its identification.
     Ports(Reading, Option<u32>),
-    /// ICMP.
-    Message,
+    /// ICMP, and where it begins and between whom it goes.
+    Message(usize, [Address; 2]),
     /// A protocol without ports, to this address.
     Other(Address),
     /// Nothing that makes sense.
@@ -256,7 +264,7 @@ impl Reading {
             (6, _) => (Protocol::Tcp, 16),
             (17, _) => (Protocol::Udp, 8),
             (132, _) => (Protocol::Sctp, 16),
-            (1 | 58, None) => return Some(Read::Message),
+            (1 | 58, None) => return Some(Read::Message(network + length, [source, destination])),
             _ => return Some(Read::Other(destination)),
         };
         let piece = match fragment {
@@ -401,33 +409,25 @@ fn crc32c(packet: &[u8]) -> u32 {
     !crc
 }
 
-/// An ICMP message: what it is about, the host is not asked again; but nothing else may become of it, and checksums stay as
-/// right or wrong as they were.
+/// An ICMP message: what the host decided has become of it, and checksums stay as right or wrong as they were.
 fn judge_message(
     link: Link,
     before: &[u8],
     after: &[u8],
-    came: Came,
-    reason: Option<Reason>,
+    (came, reason): (Came, Option<Reason>),
+    verdict: IcmpVerdict,
 ) -> Result<(Came, Option<Reason>, Option<Frame>), String> {
     let network = link.header_length();
-    let known = match came {
-        Came::Untouched => matches!(reason, None | Some(Reason::Malformed | Reason::Unparsed)),
-        Came::Translated => reason == Some(Reason::IcmpTranslated),
-        Came::Answered => reason == Some(Reason::EchoAnswered),
-        Came::Dropped => matches!(
-            reason,
-            Some(
-                Reason::UndefinedPort
-                    | Reason::UnallocatedAddress
-                    | Reason::IcmpRedirect
-                    | Reason::HostileSource
-                    | Reason::RewriteFailed
-            )
-        ),
+    let expected = match verdict {
+        IcmpVerdict::Pass { reason } => (Came::Untouched, counting(reason)),
+        IcmpVerdict::Drop { reason } => (Came::Dropped, Some(reason)),
+        IcmpVerdict::Answer => (Came::Answered, Some(Reason::EchoAnswered)),
+        IcmpVerdict::Translate { .. } => (Came::Translated, Some(Reason::IcmpTranslated)),
     };
-    if !known || after.len() != before.len() {
-        return Err(format!("a message {came:?} for {reason:?}: {after:02x?}"));
+    if expected != (came, reason) || after.len() != before.len() {
+        return Err(format!(
+            "a message {came:?} for {reason:?}, but the host says {verdict:?}: {after:02x?}"
+        ));
     }
     if matches!(came, Came::Translated | Came::Answered) {
         let is_v4 = before[network] >> 4 == 4;

@@ -16,6 +16,7 @@ mod masks;
 mod messages;
 mod nat;
 mod property;
+mod quotations;
 mod refusals;
 mod seldom;
 mod table;
