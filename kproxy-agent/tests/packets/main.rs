@@ -15,6 +15,7 @@ mod longrun;
 mod masks;
 mod messages;
 mod nat;
+mod parts;
 mod property;
 mod quotations;
 mod refusals;

@@ -147,3 +147,49 @@ fn a_mask_goes_with_its_flow() {
         world.compare_flows();
     });
 }
+
+/// A client that asks a backend from one port by more frontends than there are ports to tell them apart: those that get
+/// one are answered each by its own frontend, the others are dropped.
+#[test]
+fn a_clients_other_ports_are_given_out_once_each_and_run_out() {
+    in_world(ROOM, |world| {
+        let services: Vec<Service> = (1..=20).map(|number| Service::new(number, &[Who::Here(1)])).collect();
+        world.have(&services);
+        world.use_mask_ports(FEW);
+        let free: BTreeSet<u16> = (FEW.0..FEW.0 + FEW.1).collect();
+        for family in [Family::V4, Family::V6] {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                let ports = Ports::of(protocol);
+                let client = Who::Here(5).at(family, 20_000);
+                let frontends = (1..=20).flat_map(|number| {
+                    [Who::ClusterIp(number), Who::LoadBalancer(number), Who::External(number)]
+                        .map(|who| who.at(family, ports.port))
+                });
+                let mut pass = |at, from, to, flags| {
+                    world.meet(at, Link::Ethernet, &Frame::of(protocol, Link::Ethernet, from, to, flags))
+                };
+                let (inward, outward) = (At::In(Device::Pod), At::Out(Device::Pod));
+                let asked: Vec<(SocketAddr, Option<Frame>)> = frontends
+                    .map(|frontend| {
+                        let (verdict, sent) = pass(inward, client, frontend, SYN);
+                        if sent.is_none() {
+                            assert_eq!(verdict, PacketVerdict::Drop { reason: Reason::MaskPortsExhausted });
+                        }
+                        (frontend, sent)
+                    })
+                    .collect();
+                assert_eq!(asked[0].1.as_ref().map(Frame::source), Some(client), "the first keeps its port");
+                let others: Vec<_> =
+                    asked[1..].iter().map(|(_, sent)| sent.as_ref().map(Frame::source)).collect();
+                assert!(others.iter().any(Option::is_none), "there are not as many ports");
+                check(&others, &free);
+                for (frontend, sent) in asked {
+                    let Some(sent) = sent else { continue };
+                    let (_, answer) = pass(outward, sent.destination(), sent.source(), SYN | ACK);
+                    let answer = answer.expect("it is of a flow");
+                    assert_eq!((answer.source(), answer.destination()), (frontend, client));
+                }
+            }
+        }
+    });
+}

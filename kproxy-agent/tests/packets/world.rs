@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya::{
-    maps::{HashMap, Map, MapData},
+    maps::{HashMap, Map, MapData, ProgramArray},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
@@ -25,8 +25,8 @@ use kproxy::{
 };
 use kproxy_common::{
     Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict,
-    MAX_CIDRS, PacketMeta, PacketVerdict, Protocol, Reason, follow_fragment, map_names, on_egress, on_icmp,
-    on_ingress, on_other_protocol,
+    MAX_CIDRS, PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, follow_fragment, map_names,
+    on_egress, on_icmp, on_ingress, on_other_protocol,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -405,6 +405,30 @@ impl World {
         let before = std::mem::replace(&mut self.counted, reasons);
         let new = self.counted.iter().map(|(reason, count)| (*reason, count - before[reason]));
         new.filter(|(_, count)| *count != 0).collect()
+    }
+
+    /// Programs cannot go on in this part.
+    pub fn take_part_out(&mut self, index: u32) {
+        self.parts().clear_index(&index).expect("it is there");
+    }
+
+    /// They can again.
+    pub fn put_part_back(&mut self, index: u32) {
+        let program = self.programs.object().program(PACKET_PARTS[index as usize]);
+        let program: &SchedClassifier =
+            program.expect("it is in the object").try_into().expect("a classifier");
+        let program = program.fd().and_then(|program| Ok(program.try_clone()?)).expect("it is loaded");
+        self.parts().set(index, &program, 0).expect("it fits");
+    }
+
+    fn parts(&mut self) -> ProgramArray<&mut MapData> {
+        let map = self.programs.object().map_mut(map_names::PROGRAMS).expect("the map is in the object");
+        ProgramArray::try_from(map).expect("it is an array of programs")
+    }
+
+    /// All entries of flows.
+    pub fn all_entries(&mut self) -> [BTreeMap<FlowKey, Flow>; 2] {
+        [map_names::FLOW, map_names::FLOW_TRANSIENT].map(|map| self.entries(map))
     }
 
     /// The entries in `flow` or `flow_transient`.
