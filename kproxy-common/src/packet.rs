@@ -58,6 +58,8 @@ pub trait FlowTables: Tables {
     fn put_ended(&self, whole: &Conversation, role: Role);
     /// Removes what stands under the key of one entry among the flows that are being opened or closed.
     fn remove_transient(&self, whole: &Conversation, role: Role);
+    /// Removes one entry of a flow that has ended, if it has.
+    fn remove_ended(&self, whole: &Conversation, role: Role);
     /// What stands, in either table, under the key of one entry of a flow.
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
     /// Notes in one entry of a flow that is being opened, in place, how far the flow has come and when; whether this entry
@@ -128,7 +130,7 @@ impl Hit {
 }
 
 /// TCP's flags, as far as flows need them; none set for UDP. SCTP's chunks are told by what they come to: INIT opens as
-/// SYN does, ABORT and SHUTDOWN COMPLETE end as RST does, all others are as ACK.
+/// SYN does, INIT ACK accepts as SYN with ACK does, ABORT and SHUTDOWN COMPLETE end as RST does, all others are as ACK.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct TcpFlags {
     /// Octet 13 of the TCP header (RFC 9293, 3.1).
@@ -147,6 +149,8 @@ impl TcpFlags {
         let bits = match kind {
             // INIT.
             1 => Self::SYN,
+            // INIT ACK.
+            2 => Self::SYN | Self::ACK,
             // ABORT, SHUTDOWN COMPLETE.
             6 | 14 => Self::RST,
             _ => Self::ACK,
@@ -157,6 +161,11 @@ impl TcpFlags {
     #[inline(always)]
     fn opens(self) -> bool {
         self.bits & (Self::SYN | Self::ACK | Self::RST | Self::FIN) == Self::SYN
+    }
+
+    #[inline(always)]
+    fn accepts(self) -> bool {
+        self.bits & (Self::SYN | Self::ACK | Self::RST | Self::FIN) == Self::SYN | Self::ACK
     }
 
     #[inline(always)]

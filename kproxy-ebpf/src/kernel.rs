@@ -210,6 +210,11 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn remove_ended(&self, whole: &Conversation, role: Role) {
+        keys::forget(whole, role);
+    }
+
+    #[inline(always)]
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
         let Entry { key, .. } = Entry::of(whole, role)?;
         // SAFETY: as for `flow`.

@@ -24,9 +24,7 @@ pub struct Entry {
 impl Entry {
     #[inline(always)]
     pub fn of(whole: &Conversation, role: Role) -> Option<Self> {
-        let entry = Self::get()?;
-        whole.write_entry(role, entry.key, entry.flow);
-        Some(entry)
+        if write(whole, role) { Self::get() } else { None }
     }
 
     /// The one that was written last.
@@ -41,46 +39,42 @@ impl Entry {
     }
 }
 
+#[inline(never)]
+fn write(whole: &Conversation, role: Role) -> bool {
+    match Entry::get() {
+        Some(Entry { key, flow }) => {
+            whole.write_entry(role, key, flow);
+            true
+        }
+        None => false,
+    }
+}
+
 /// Adds the entry to `flow_transient`, if no flow holds its key; whether it did.
 #[inline(always)]
 pub fn take(whole: &Conversation, role: Role) -> bool {
-    Entry::of(whole, role).is_some() && take_key() != 0
+    write(whole, role) && take_key() != 0
 }
 
 /// Notes state and time in the entry of `flow_transient`, if there is one that leads where the flow does; whether there
 /// is.
 #[inline(always)]
 pub fn mark(whole: &Conversation, role: Role) -> bool {
-    let Some(Entry { key, flow }) = Entry::of(whole, role) else {
-        return false;
-    };
-    let Some(standing) = maps::FLOW_TRANSIENT.get_ptr_mut(&*key) else {
-        return false;
-    };
-    // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is being
-    // opened passes for one that was answered, or is kept for longer; both fields are written by one store each.
-    unsafe {
-        if !leads_alike(&*standing, flow) {
-            return false;
-        }
-        (*standing).state = flow.state;
-        (*standing).last_seen = flow.last_seen;
-    }
-    true
+    write(whole, role) && mark_key() != 0
 }
 
 /// Moves the entry to `flow`.
 #[inline(always)]
 pub fn establish(whole: &Conversation, role: Role) {
-    if Entry::of(whole, role).is_some() {
+    if write(whole, role) {
         move_to_flow();
     }
 }
 
-/// Moves the entry of a flow that has ended to `flow_transient`, or only removes it where another flow has its key.
+/// Moves the entry of a flow that has ended to `flow_transient`, or only removes it where another flow has its key there.
 #[inline(always)]
 pub fn end(whole: &Conversation, role: Role) {
-    if Entry::of(whole, role).is_some() {
+    if write(whole, role) {
         move_from_flow();
     }
 }
@@ -93,6 +87,14 @@ pub fn clear(whole: &Conversation, role: Role) {
         && transient(key).is_some()
     {
         let _ = maps::FLOW_TRANSIENT.remove(&*key);
+    }
+}
+
+/// Removes the entry of a flow that has ended, if it has.
+#[inline(always)]
+pub fn forget(whole: &Conversation, role: Role) {
+    if write(whole, role) {
+        forget_key();
     }
 }
 
@@ -125,19 +127,53 @@ extern "C" fn take_key() -> u64 {
     1
 }
 
-/// Puts an entry in the place of one that has ended. Of those that have found it ended, one at a time looks once more
-/// and replaces it: who holds the claim. That is an entry of a hash, since whoever inserts it sees all that was done
-/// before it was deleted, on every processor; an atomic add would not promise that.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn forget_key() -> u64 {
+    let Some(Entry { key, .. }) = Entry::get() else {
+        return 0;
+    };
+    u64::from(claimed(key, || maps::FLOW_TRANSIENT.remove(&*key).is_ok()))
+}
+
+/// Puts an entry in the place of one that has ended. Swept just now, that is left to those who find none.
 #[inline(always)]
 fn replace_ended(key: &FlowKey, flow: &Flow) -> bool {
+    claimed(key, || maps::FLOW_TRANSIENT.insert(key, flow, EXIST).is_ok())
+}
+
+/// Of those that have found a flow ended, one at a time looks once more and acts: who holds the claim on its key. That is
+/// an entry of a hash, since whoever inserts it sees all that was done before it was deleted, on every processor; an atomic
+/// add would not promise that.
+#[inline(always)]
+fn claimed(key: &FlowKey, act: impl FnOnce() -> bool) -> bool {
     if maps::CLAIM.insert(key, &1, NOEXIST).is_err() {
         return false;
     }
-    // Swept just now, it is left to those who find none.
-    let is_replaced = transient(key).is_some_and(|flow| matches!(flow.state, FlowState::Closed))
-        && maps::FLOW_TRANSIENT.insert(key, flow, EXIST).is_ok();
+    let done = transient(key).is_some_and(|flow| matches!(flow.state, FlowState::Closed)) && act();
     let _ = maps::CLAIM.remove(key);
-    is_replaced
+    done
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mark_key() -> u64 {
+    let Some(Entry { key, flow }) = Entry::get() else {
+        return 0;
+    };
+    let Some(standing) = maps::FLOW_TRANSIENT.get_ptr_mut(&*key) else {
+        return 0;
+    };
+    // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is being
+    // opened passes for one that was answered, or is kept for longer; both fields are written by one store each.
+    unsafe {
+        if !leads_alike(&*standing, flow) {
+            return 0;
+        }
+        (*standing).state = flow.state;
+        (*standing).last_seen = flow.last_seen;
+    }
+    1
 }
 
 #[unsafe(no_mangle)]
@@ -146,8 +182,14 @@ extern "C" fn move_to_flow() -> u64 {
     let Some(Entry { key, flow }) = Entry::get() else {
         return 0;
     };
+    // Where it was evicted, another flow can have taken the key.
+    let is_its = match transient(key) {
+        None => take_key() != 0,
+        // Nobody else takes the key of a client that is to be masked; but two first packets at a time can get a mask each.
+        Some(standing) => leads_alike(standing, flow) || matches!(flow.role, Role::Forwarded),
+    };
     // An LRU map makes room; if it cannot, the flow stays transient and is moved by its client's next packet.
-    if maps::FLOW.insert(&*key, &*flow, ANY).is_err() {
+    if !is_its || maps::FLOW.insert(&*key, &*flow, ANY).is_err() {
         return 0;
     }
     let _ = maps::FLOW_TRANSIENT.remove(&*key);
@@ -160,16 +202,25 @@ extern "C" fn move_from_flow() -> u64 {
     let Some(Entry { key, flow }) = Entry::get() else {
         return 0;
     };
-    if maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_err() {
-        // One of its own from before it was established, where others were evicted and it began anew. What has ended is
-        // there for others to take.
+    // SAFETY: as in `transient`.
+    let is_its = unsafe { maps::FLOW.get(&*key) }.map(|standing| leads_alike(standing, flow));
+    if matches!(is_its, Some(false)) {
+        // Where it was evicted, another flow has taken the key.
+        return 0;
+    }
+    let is_established = matches!(is_its, Some(true));
+    if !is_established || maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_err() {
+        // One of its own from before it was established: it ends without ever having been, or it began anew where others
+        // were evicted. What has ended is there for others to take.
         let is_own = transient(key)
             .is_some_and(|other| !matches!(other.state, FlowState::Closed) && leads_alike(other, flow));
         if is_own {
             let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, EXIST);
         }
     }
-    let _ = maps::FLOW.remove(&*key);
+    if is_established {
+        let _ = maps::FLOW.remove(&*key);
+    }
     1
 }
 

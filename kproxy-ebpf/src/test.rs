@@ -127,7 +127,8 @@ pub fn read_stress(_ctx: TcContext) -> i32 {
 }
 
 /// A flow asks for one of two ports of a mask towards one backend; if it gets it, it is established, ends, and leaves
-/// its entry behind; or it is never answered, and swept. All on one processor, while others do the same.
+/// its entry behind; or it is never answered, and swept; or its entry is evicted, and it is established and ends all the
+/// same. All on one processor, while others do the same.
 #[classifier]
 pub fn hold_stress(_ctx: TcContext) -> i32 {
     // SAFETY: the helpers have no conditions.
@@ -153,6 +154,20 @@ pub fn hold_stress(_ctx: TcContext) -> i32 {
         if let Some(entry) = Entry::of(&whole, Role::Return) {
             let _ = maps::FLOW_TRANSIENT.remove(&*entry.key);
         }
+        return TC_ACT_OK;
+    }
+    if dice & 0xe00 == 0 {
+        // Evicted, it holds nothing, and does not know.
+        holders(port, u64::MAX);
+        if let Some(entry) = Entry::of(&whole, Role::Return) {
+            let _ = maps::FLOW_TRANSIENT.remove(&*entry.key);
+        }
+        if dice & 0x1000 == 0 {
+            whole.state = FlowState::Established;
+            KERNEL.put_established(&whole, Role::Return);
+        }
+        whole.state = FlowState::Closed;
+        KERNEL.put_ended(&whole, Role::Return);
         return TC_ACT_OK;
     }
     whole.state = FlowState::Established;

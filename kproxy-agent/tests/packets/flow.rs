@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Who asks whom: a client outside, masked or not, and a pod of this node whose sockets nobody sees.
-const PAIRS: [(Who, Who); 4] = [
+pub const PAIRS: [(Who, Who); 4] = [
     (Who::Client(1), Who::There(1)),
     (Who::Client(1), Who::Here(1)),
     (Who::Here(5), Who::There(1)),
@@ -57,7 +57,8 @@ impl Flow {
         }
     }
 
-    fn open(
+    /// Through the Service with this number, which has this backend.
+    pub fn open(
         world: &mut World,
         family: Family,
         link: Link,

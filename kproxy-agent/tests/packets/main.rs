@@ -4,6 +4,7 @@
 mod answers;
 mod checksums;
 mod cluster;
+mod direct;
 mod errors;
 mod flow;
 mod fragments;

@@ -7,7 +7,7 @@ use kproxy_common::Protocol;
 
 use crate::{
     cluster::{Family, Who},
-    frame::{FIN, RST, SYN},
+    frame::{ACK, FIN, RST, SYN},
 };
 
 /// Endpoints that a client may be sent to.
@@ -30,6 +30,8 @@ enum State {
     Open { client_is_done: bool, backend_is_done: bool },
     /// Both are done, or one has broken it off.
     Over,
+    /// It is over, and its backend has accepted a connection past the frontend since, which is on the same ends for it.
+    Past,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,6 +43,18 @@ pub struct Session {
     /// Who the backend thinks that it talks to.
     pub peer: SocketAddr,
     state: State,
+}
+
+impl Session {
+    /// From whom to whom the backend's packets arrive.
+    pub fn answers(&self) -> (SocketAddr, SocketAddr) {
+        if self.is_past() { (self.backend, self.peer) } else { (self.frontend, self.client) }
+    }
+
+    /// Whether another connection has its ends, past the frontend.
+    pub fn is_past(&self) -> bool {
+        self.state == State::Past
+    }
 }
 
 #[derive(Default)]
@@ -89,7 +103,7 @@ impl Nat {
                 State::Asked | State::Answered => return Fate::Along(*session),
                 State::GivenUp => return Fate::Either(*session),
                 // The client uses its port again.
-                State::Open { .. } | State::Over => return Fate::Begins,
+                State::Open { .. } | State::Over | State::Past => return Fate::Begins,
             }
         }
         let has = |flag| protocol == Protocol::Tcp && flags & flag != 0;
@@ -122,7 +136,11 @@ impl Nat {
             .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer))?;
         let is_reset = protocol == Protocol::Tcp && flags & RST != 0;
         let is_last = protocol == Protocol::Tcp && flags & FIN != 0;
+        let accepts = protocol == Protocol::Tcp && flags == SYN | ACK;
+        let is_hidden = session.peer.ip() != session.client.ip();
         session.state = match session.state {
+            State::Over if accepts && !is_hidden => State::Past,
+            State::Past => State::Past,
             _ if is_reset => State::Over,
             State::Asked | State::GivenUp => State::Answered,
             State::Open { client_is_done, .. } if is_last => {
@@ -146,7 +164,7 @@ impl Nat {
         self.gone.retain(|session| !session.is_by(protocol, client, frontend));
         // One that is over by another frontend gives way to one that the backend could not tell from it.
         self.give_up(|session| {
-            session.state == State::Over
+            matches!(session.state, State::Over | State::Past)
                 && (session.protocol, session.client, session.backend) == (protocol, client, backend)
         });
         let taken = self

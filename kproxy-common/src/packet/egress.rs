@@ -31,7 +31,7 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
         let is_known = if is_reply {
             !matches!(flow.state, FlowState::Opening) && packet.tcp.changes_nothing()
         } else {
-            flow.port != 0
+            flow.port != 0 && !life::may_be_past(packet, &flow)
         };
         if is_known {
             life::note_unanswered(tables, packet, Hook::Egress, &flow);
@@ -56,6 +56,9 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
         // It has just been evicted.
         return Decision::drop(Reason::NoFlow).into();
     };
+    if life::may_be_past(packet, &flow) && life::give_way(tables, packet) {
+        return Decision::pass(Reason::NotAService).into();
+    }
     let reason = if matches!(flow.role, Role::Reply) {
         life::answer(tables, packet);
         Reason::Forwarded

@@ -1,7 +1,7 @@
 //! How flows come to be established, and end.
 
 use super::{FlowTables, Hit, PacketMeta, TcpFlags};
-use crate::{FlowState, Hook, Protocol, Role};
+use crate::{Conversation, FlowState, Hook, Protocol, Role};
 
 /// How often a flow's last packet is noted: a store a second instead of one a packet.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -103,6 +103,34 @@ pub(super) fn note_unanswered<T: FlowTables>(tables: &T, packet: &PacketMeta, ho
     }
 }
 
+/// Whether this packet can begin or accept a connection between a flow's ends past its frontend. While the flow lives such
+/// a one is not to be told from its own; where it has ended, neither of these is of it.
+#[inline(always)]
+pub(super) fn may_be_past(packet: &PacketMeta, flow: &Hit) -> bool {
+    matches!(flow.state, FlowState::Closed)
+        && match flow.role {
+            Role::Forwarded => packet.tcp.opens(),
+            Role::Reply => packet.tcp.accepts(),
+            Role::Request | Role::Return => false,
+        }
+}
+
+/// A flow that has ended gives way to a connection past its frontend: its entries that would rewrite that are removed.
+/// Whether it did: where the client is masked its SYN alone tells, since what the backend accepts with was perhaps sent to
+/// the mask, and is the flow's own.
+#[inline(never)]
+pub(super) fn give_way<T: FlowTables>(tables: &T, packet: &PacketMeta) -> bool {
+    let gives_way = tables.with_transient(packet, Hook::Egress, |flow| {
+        if flow.is_masked() && packet.tcp.accepts() {
+            return false;
+        }
+        tables.remove_ended(flow, Role::Forwarded);
+        tables.remove_ended(flow, Role::Reply);
+        true
+    });
+    gives_way.unwrap_or(true)
+}
+
 /// One direction has sent its FIN; with the other's the flow ends.
 #[inline(never)]
 fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
@@ -120,29 +148,23 @@ fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
 /// A flow that was never established is closed by one of its ends: what it has taken may be given to others.
 #[inline(never)]
 fn abandon<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
-    tables.with_transient(packet, hook, |flow| {
-        flow.state = FlowState::Closed;
-        flow.last_seen = tables.now();
-        tables.put_ended(flow, Role::Request);
-        tables.put_ended(flow, Role::Reply);
-        if flow.is_masked() {
-            tables.put_ended(flow, Role::Forwarded);
-            tables.put_ended(flow, Role::Return);
-        }
-    });
+    tables.with_transient(packet, hook, |flow| end(tables, flow));
 }
 
 /// A flow that ends goes back to the transient table, since its last acknowledgements are still to come.
 #[inline(never)]
 pub(super) fn retire<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
-    tables.with_flow(packet, hook, |flow| {
-        flow.state = FlowState::Closed;
-        flow.last_seen = tables.now();
-        tables.put_ended(flow, Role::Request);
-        tables.put_ended(flow, Role::Reply);
-        if flow.is_masked() {
-            tables.put_ended(flow, Role::Forwarded);
-            tables.put_ended(flow, Role::Return);
-        }
-    });
+    tables.with_flow(packet, hook, |flow| end(tables, flow));
+}
+
+#[inline(never)]
+fn end<T: FlowTables>(tables: &T, flow: &mut Conversation) {
+    flow.state = FlowState::Closed;
+    flow.last_seen = tables.now();
+    tables.put_ended(flow, Role::Request);
+    tables.put_ended(flow, Role::Reply);
+    if flow.is_masked() {
+        tables.put_ended(flow, Role::Forwarded);
+        tables.put_ended(flow, Role::Return);
+    }
 }

@@ -177,15 +177,29 @@ impl FlowTables for FlowView<'_> {
 
     fn put_established(&self, whole: &Conversation, role: Role) {
         let (key, flow) = entry(whole, role);
-        self.flows.flow.borrow_mut().insert(key, flow);
-        self.flows.transient.borrow_mut().remove(&key);
+        let standing = self.flows.transient.borrow().get(&key).copied();
+        let is_its = match standing {
+            None => self.put_new(whole, role),
+            Some(standing) => leads(&standing) == leads(&flow) || flow.role == Role::Forwarded,
+        };
+        if is_its {
+            self.flows.flow.borrow_mut().insert(key, flow);
+            self.flows.transient.borrow_mut().remove(&key);
+        }
     }
 
     fn put_ended(&self, whole: &Conversation, role: Role) {
         let (key, flow) = entry(whole, role);
-        let is_own = |other: &Flow| other.state != FlowState::Closed && leads(other) == leads(&flow);
+        let is_its = self.flows.flow.borrow().get(&key).map(|standing| leads(standing) == leads(&flow));
+        if is_its == Some(false) {
+            return;
+        }
         let mut transient = self.flows.transient.borrow_mut();
-        if transient.get(&key).is_none_or(is_own) {
+        let is_its_place = match transient.get(&key) {
+            None => is_its.is_some(),
+            Some(other) => other.state != FlowState::Closed && leads(other) == leads(&flow),
+        };
+        if is_its_place {
             transient.insert(key, flow);
         }
         self.flows.flow.borrow_mut().remove(&key);
@@ -193,6 +207,14 @@ impl FlowTables for FlowView<'_> {
 
     fn remove_transient(&self, whole: &Conversation, role: Role) {
         self.flows.transient.borrow_mut().remove(&entry(whole, role).0);
+    }
+
+    fn remove_ended(&self, whole: &Conversation, role: Role) {
+        let (key, _) = entry(whole, role);
+        let mut transient = self.flows.transient.borrow_mut();
+        if transient.get(&key).is_some_and(|flow| flow.state == FlowState::Closed) {
+            transient.remove(&key);
+        }
     }
 
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
