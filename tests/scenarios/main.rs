@@ -5,6 +5,7 @@
 
 mod agent;
 mod bridges;
+mod closed_firewall;
 mod cluster;
 mod commands;
 mod control;
@@ -97,6 +98,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),
     (kproxy, node::SCENARIOS),
+    (kproxy, closed_firewall::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
     (kproxy_and_kubernetes, events::SCENARIOS),
     (kproxy_and_kube_proxy, like_kube_proxy::SCENARIOS),
