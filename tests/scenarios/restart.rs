@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::worker::Id;
 use kproxy_lab::{
-    BurstSpec, Context, ElbSpec, Family, Lab, Member, Node, NodeSpec, Worker, kproxy_binary, wait_until,
+    BurstSpec, Context, ElbSpec, Family, HostSpec, Lab, Member, Node, NodeSpec, Worker, kproxy_binary,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -19,12 +20,13 @@ use crate::objects::Service;
 pub const SCENARIOS: &[Scenario] = &[("kproxy::restarts_are_not_noticed", restarts)];
 
 const NODE_PORT: u16 = 30_080;
+const FAR_NODE_PORT: u16 = 30_081;
 
 /// How many connections of each burst must be made while something is tried.
 const ENOUGH: u64 = 50;
 
-/// A pod, the node itself, and somebody outside.
-const ALL: &[&str] = &["a1", "node-a", "client"];
+/// A pod, the node itself, and two outside: one is sent to a backend here, the other, masked, to one elsewhere.
+const ALL: &[&str] = &["a1", "node-a", "client", "stranger"];
 
 fn lab(ctx: &Context) -> Result<Lab> {
     ctx.lab(|lab| {
@@ -32,6 +34,7 @@ fn lab(ctx: &Context) -> Result<Lab> {
             .node(NodeSpec::new("node-b", 2, &["b1"]))
             .elb(ElbSpec::new())
             .client("client")
+            .host(HostSpec::new("stranger", 101))
     })
 }
 
@@ -50,7 +53,12 @@ fn restarts(ctx: &Context) -> Result<()> {
         .load_balancers(lab.elb()?.vips())
         .annotation("kproxy.io/pass-through", "true")
         .source_range("198.51.100.0/24");
-    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web, &passed])?;
+    let far = Service::new("far", 14)
+        .tcp(80, TARGET)
+        .udp(80, TARGET)
+        .node_port(FAR_NODE_PORT)
+        .pods(&[lab.pod("b1")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web, &passed, &far])?;
     let _servers = cluster.servers(&["a2", "b1"])?;
     let mut steps = Steps::new();
     steps.step("kill -9 under load: nothing fails, nothing is written", || {
@@ -128,7 +136,10 @@ fn restarts(ctx: &Context) -> Result<()> {
     });
     steps.step("an upgrade in place", || upgrade(&mut cluster, &web));
     steps.step("maps of other sizes take the place of those that are there", || sizes(&mut cluster, &web));
-    steps.step("what does not fit is named with the flag that mends it", || full(&mut cluster, &later));
+    steps.step("what does not fit is named with the flag that mends it", || {
+        cluster.forget(&far)?;
+        full(&mut cluster, &later)
+    });
     steps.step("maps of another layout are not touched, but replaced", || layout(&mut cluster, &web));
     steps.step("a second agent refuses and names the first", || second(&mut cluster, &web));
     steps.done()
@@ -293,15 +304,16 @@ struct Loaded {
 }
 
 impl Load {
-    /// Clients inside ask for the ClusterIP, the one outside for the NodePort.
+    /// Clients inside ask for the ClusterIP, those outside for NodePorts.
     fn start(cluster: &Cluster, web: &Service, clients: &[&str]) -> Result<Self> {
         let mut load = Self { clients: Vec::new() };
         for family in Family::BOTH {
             for name in clients {
                 let (member, to): (&Member, _) = match *name {
-                    "client" => {
+                    "client" | "stranger" => {
                         let node = cluster.node("node-a")?.ip(family);
-                        (cluster.lab.host(name)?, SocketAddr::new(node, NODE_PORT))
+                        let port = if *name == "client" { NODE_PORT } else { FAR_NODE_PORT };
+                        (cluster.lab.host(name)?, SocketAddr::new(node, port))
                     }
                     "node-a" => (cluster.node(name)?, SocketAddr::new(web.cluster_ip(family), 80)),
                     pod => (cluster.lab.pod(pod)?, SocketAddr::new(web.cluster_ip(family), 80)),

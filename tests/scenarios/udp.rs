@@ -82,7 +82,8 @@ fn mapped(to: SocketAddr) -> SocketAddr {
 }
 
 fn moves(ctx: &Context) -> Result<()> {
-    let lab = ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2", "a3"])).client("client"))?;
+    let lab =
+        ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2", "a3", "a4"])).client("client"))?;
     let service = Service::new("dns", 10).tcp(53, TARGET).udp(53, TARGET).node_port(NODE_PORT);
     let both = service.clone().pods(&[lab.pod("a2")?, lab.pod("a3")?]);
     let mut cluster = Cluster::start(lab, &["node-a"], &[], [&both])?;
@@ -121,6 +122,9 @@ fn sockets(cluster: &mut Cluster, service: &Service, family: Family) -> Result<(
     let (stays, goes) = (lab.pod("a2")?.clone(), lab.pod("a3")?.clone());
     let to = SocketAddr::new(service.cluster_ip(family), 53);
     let in_pod = Connected::to_server(&pod, to, "a3")?;
+    // Each pod has a network namespace of its own.
+    let other_pod = lab.pod("a4")?.clone();
+    let in_other_pod = Connected::to_server(&other_pod, to, "a3")?;
     let on_host = Connected::to_server(&node, to, "a3")?;
     // Not by way of the Service: left alone, whatever it once was.
     let direct = Connected::to(&pod, SocketAddr::new(goes.ip(family), TARGET))?;
@@ -138,9 +142,12 @@ fn sockets(cluster: &mut Cluster, service: &Service, family: Family) -> Result<(
     cluster.put(&service.clone().endpoints([Endpoint::of(&goes).terminating(), Endpoint::of(&stays)]))?;
     in_pod.must_reach("a3")?;
     let other = Connected::to_server(&pod, to, "a2")?;
+    let other_there = Connected::to_server(&other_pod, to, "a2")?;
 
     cluster.put(&service.clone().pods(&[&stays]))?;
     in_pod.must_be_aborted(to, "a2")?;
+    in_other_pod.must_be_aborted(to, "a2")?;
+    other_there.must_reach("a2")?;
     on_host.must_be_aborted(to, "a2")?;
     other.must_reach("a2")?;
     direct.must_reach("a3")?;
