@@ -208,6 +208,11 @@ fn masked_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
     let mut steps = Steps::new();
     for name in ["node-a", "node-c"] {
         let node = lab.node(name)?;
+        steps.step(&format!("{name}: no socket is given a mask's port by itself"), || {
+            let reserved = node.netns().sysctl("net/ipv4/ip_local_reserved_ports")?;
+            ensure!(reserved.as_deref() == Some("61000-65535"), "reserved are {reserved:?}");
+            Ok(())
+        });
         // By an overlay the packet leaves with the overlay's own address.
         let masks = addresses_of(node)?;
         for family in Family::BOTH {

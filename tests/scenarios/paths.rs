@@ -3,18 +3,25 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Answer, Cni, Context, Datagram, Family, Lab, NodeSpec, Worker};
+use anyhow::{Context as _, Result, bail, ensure};
+use kproxy_lab::{Answer, Cni, Context, Datagram, Family, Lab, Member, NodeSpec, Worker};
 use nix::errno::Errno;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, Steps, TARGET};
-use crate::objects::Service;
+use crate::cluster::{Cluster, Steps, TARGET};
+use crate::objects::{Service, cluster_ip};
 
 pub const SCENARIOS: &[Scenario] = &[
-    ("kproxy::paths_tell_their_mtu", |ctx| paths_tell_their_mtu(ctx, |node| node)),
-    // Connection tracking puts a datagram together before its way narrows.
+    ("kproxy::paths_tell_their_mtu_routed", |ctx| paths_tell_their_mtu(ctx, |node| node)),
+    // Connection tracking puts a datagram together before its way narrows; behind a bridge, the kernel then sends it on in
+    // parts as large as its own link takes, whatever the client has learned.
     ("kproxy::paths_tell_their_mtu_untracked", |ctx| paths_tell_their_mtu(ctx, NodeSpec::keep_invalid)),
+    ("kproxy::paths_tell_their_mtu_bridge", |ctx| {
+        paths_tell_their_mtu(ctx, |node| node.cni(Cni::Bridge).keep_invalid())
+    }),
+    ("kproxy::paths_tell_their_mtu_vxlan", |ctx| {
+        paths_tell_their_mtu(ctx, |node| node.cni(Cni::Vxlan).keep_invalid())
+    }),
     ("kproxy::paths_carry_datagrams_in_parts_routed", |ctx| datagrams_in_parts(ctx, Cni::RoutedVeth)),
     ("kproxy::paths_carry_datagrams_in_parts_bridge", |ctx| datagrams_in_parts(ctx, Cni::Bridge)),
     ("kproxy::paths_carry_datagrams_in_parts_vxlan", |ctx| datagrams_in_parts(ctx, Cni::Vxlan)),
@@ -29,12 +36,14 @@ const NARROW: u32 = 1_300;
 /// More than two of a link's packets hold, as a DNS answer with signatures can be.
 const LONG: usize = 4_000;
 
-const ANSWER: Duration = Duration::from_secs(2);
+/// How long each try waits for its answer: the first is lost where the client has yet to learn what a link takes.
+const PATIENCE: [Duration; 3] =
+    [Duration::from_millis(300), Duration::from_millis(700), Duration::from_secs(2)];
 
 /// A backend on the node that is asked, and one on another.
 fn cluster(ctx: &Context, of: impl Fn(NodeSpec) -> NodeSpec) -> Result<Cluster> {
     let lab = ctx.lab(|lab| {
-        lab.node(of(NodeSpec::new("node-a", 1, &["a1"])))
+        lab.node(of(NodeSpec::new("node-a", 1, &["a1", "a2"])))
             .node(of(NodeSpec::new("node-b", 2, &["b1"])))
             .client("client")
     })?;
@@ -56,33 +65,38 @@ fn paths_tell_their_mtu(ctx: &Context, of: impl Fn(NodeSpec) -> NodeSpec) -> Res
     let lab = &cluster.lab;
     narrow(lab, "node-a", "a1")?;
     narrow(lab, "node-b", "b1")?;
-    let client = Client::at(lab.host("client")?)?;
+    let (outside, unseen) = (lab.host("client")?.clone(), lab.pod("a2")?.unseen());
     let mut steps = Steps::new();
-    for family in Family::BOTH {
-        for (what, port) in
-            [("a link of the node asked", NODE_PORT), ("a link of another node", FAR_NODE_PORT)]
-        {
-            let to = SocketAddr::new(lab.node("node-a")?.ip(family), port);
-            steps.step(&format!("{what}, {family:?}"), || {
-                forget_paths(lab, family)?;
-                let worker = &client.worker;
-                let socket = worker.tcp_connect(to)?;
-                worker.tcp_transfer(socket.id, 5_000_000, 1).context("5 MB up")?;
-                worker.tcp_ask(socket.id, "still the same connection")?;
-                worker.close(socket.id)?;
-                let path = lab.host("client")?.ip_command(&format!("route get {}", to.ip()))?;
-                ensure!(path.contains(&format!("mtu {NARROW}")), "the client has not learned it: {path}");
-                Ok(())
-            });
-            // Of IPv6 the error may quote a part: the ports stand behind an extension header.
-            steps.step(&format!("{what}, {family:?}, a datagram in parts"), || {
-                forget_paths(lab, family)?;
-                let socket = client.worker.udp_socket(family)?;
-                let data = "x".repeat(LONG);
-                let datagram = ask_until_answered(&client.worker, socket.id, to, &data)?;
-                ensure!(datagram.from == to, "answered by {}", datagram.from);
-                Ok(client.worker.close(socket.id)?)
-            });
+    for (who, member) in [("client", &outside), ("unseen pod", &unseen)] {
+        let worker = member.worker()?;
+        for family in Family::BOTH {
+            for (what, number, port) in
+                [("a link of the node asked", 10, NODE_PORT), ("a link of another node", 11, FAR_NODE_PORT)]
+            {
+                let to = match who {
+                    "client" => SocketAddr::new(lab.node("node-a")?.ip(family), port),
+                    _ => SocketAddr::new(cluster_ip(number, family), 80),
+                };
+                steps.step(&format!("{who}, {what}, {family:?}"), || {
+                    forget_paths(member, family)?;
+                    let socket = worker.tcp_connect(to)?;
+                    worker.tcp_transfer(socket.id, 5_000_000, 1).context("5 MB up")?;
+                    worker.tcp_ask(socket.id, "still the same connection")?;
+                    worker.close(socket.id)?;
+                    let path = member.ip_command(&format!("route get {}", to.ip()))?;
+                    ensure!(path.contains(&format!("mtu {NARROW}")), "the client has not learned it: {path}");
+                    Ok(())
+                });
+                // Of IPv6 the error may quote a part: the ports stand behind an extension header.
+                steps.step(&format!("{who}, {what}, {family:?}, a datagram in parts"), || {
+                    forget_paths(member, family)?;
+                    let socket = worker.udp_socket(family)?;
+                    let data = "x".repeat(LONG);
+                    let datagram = ask_until_answered(&worker, socket.id, to, &data)?;
+                    ensure!(datagram.from == to, "answered by {}", datagram.from);
+                    Ok(worker.close(socket.id)?)
+                });
+            }
         }
     }
     steps.done()
@@ -93,13 +107,18 @@ fn datagrams_in_parts(ctx: &Context, cni: Cni) -> Result<()> {
     let cluster = cluster(ctx, |node| node.cni(cni))?;
     let _servers = cluster.servers(&["a1", "b1"])?;
     let lab = &cluster.lab;
-    let client = Client::at(lab.host("client")?)?;
+    let (outside, unseen) = (lab.host("client")?.worker()?, lab.pod("a2")?.unseen().worker()?);
     let mut steps = Steps::new();
     for family in Family::BOTH {
-        for (server, port) in [("a1", NODE_PORT), ("b1", FAR_NODE_PORT)] {
-            let to = SocketAddr::new(lab.node("node-a")?.ip(family), port);
-            steps.step(&format!("{LONG} octets to {server} and back, {family:?}"), || {
-                let worker = &client.worker;
+        let node_port = |port| Ok::<_, anyhow::Error>(SocketAddr::new(lab.node("node-a")?.ip(family), port));
+        let service = |number| SocketAddr::new(cluster_ip(number, family), 80);
+        for (who, worker, server, to) in [
+            ("client", &outside, "a1", node_port(NODE_PORT)?),
+            ("client", &outside, "b1", node_port(FAR_NODE_PORT)?),
+            ("unseen pod", &unseen, "a1", service(10)),
+            ("unseen pod", &unseen, "b1", service(11)),
+        ] {
+            steps.step(&format!("{who}: {LONG} octets to {server} and back, {family:?}"), || {
                 let socket = worker.udp_socket(family)?;
                 for round in 0..5 {
                     let data = format!("{round}").repeat(LONG);
@@ -119,15 +138,19 @@ fn datagrams_in_parts(ctx: &Context, cni: Cni) -> Result<()> {
 /// Asks again as a resolver does: a link that takes less than the client's loses the first datagram, and the
 /// client learns of it. IPv6 lets no router cut a packet.
 fn ask_until_answered(worker: &Worker, socket: u64, to: SocketAddr, data: &str) -> Result<Datagram> {
-    let mut tries = 0;
-    loop {
+    for (tries, patience) in PATIENCE.into_iter().enumerate() {
         worker.udp_send_to(socket, to, data)?;
-        match worker.udp_receive(socket, ANSWER) {
-            Ok(datagram) => return Ok(datagram),
-            Err(error) if tries < 2 && error.errno() == Some(Errno::EAGAIN) => tries += 1,
-            Err(error) => return Err(error).with_context(|| format!("after {tries} other tries")),
+        loop {
+            match worker.udp_receive(socket, patience) {
+                Ok(datagram) if datagram.data.contains(data) => return Ok(datagram),
+                // To what was asked before, too late.
+                Ok(_) => {}
+                Err(error) if tries + 1 < PATIENCE.len() && error.errno() == Some(Errno::EAGAIN) => break,
+                Err(error) => return Err(error).with_context(|| format!("after {tries} other tries")),
+            }
         }
     }
+    bail!("{} tries, and no answer", PATIENCE.len())
 }
 
 /// The node's way to its pod takes less, as that of a tunnel would. Forwarding minds a locked metric only.
@@ -144,8 +167,8 @@ fn narrow(lab: &Lab, node: &str, pod: &str) -> Result<()> {
 }
 
 /// What the client has learned of paths so far.
-fn forget_paths(lab: &Lab, family: Family) -> Result<()> {
+fn forget_paths(client: &Member, family: Family) -> Result<()> {
     let option = if family == Family::V4 { "-4" } else { "-6" };
-    lab.host("client")?.run(&["ip", option, "route", "flush", "cache"])?.success()?;
+    client.run(&["ip", option, "route", "flush", "cache"])?.success()?;
     Ok(())
 }
