@@ -32,6 +32,7 @@ mod packet_rules;
 mod packets;
 mod pass_through;
 mod paths;
+mod raw;
 mod reach;
 mod redirects;
 mod restart;
@@ -82,6 +83,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, traceroute::SCENARIOS),
     (kproxy, redirects::SCENARIOS),
     (kproxy, tunnels::SCENARIOS),
+    (kproxy, raw::SCENARIOS),
     (kproxy, stacked::SCENARIOS),
     (kproxy, tagged::SCENARIOS),
     (kproxy, packet_rules::SCENARIOS),

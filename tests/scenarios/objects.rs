@@ -111,6 +111,11 @@ impl Service {
         self.port("UDP", port, target)
     }
 
+    /// Adds an SCTP port, called `sctp-<port>`.
+    pub fn sctp(self, port: u16, target: u16) -> Self {
+        self.port("SCTP", port, target)
+    }
+
     fn port(mut self, protocol: &'static str, port: u16, target: u16) -> Self {
         self.ports.push(Port { protocol, port, target, node_port: None });
         self

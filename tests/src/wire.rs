@@ -1,11 +1,12 @@
 //! Frames, sent as they are: what no socket would send.
 
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, send, sendto};
 
 use crate::member::Member;
 
@@ -24,6 +25,21 @@ impl Member {
         self.netns().within(|| {
             let index = if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
             Ok(Wire { socket: open(index).with_context(|| format!("frames by {interface}"))? })
+        })
+    }
+
+    /// Sends the payload of an IP packet of this protocol to an address, as a raw socket does: no hook of sockets sees it.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn send_raw(&self, to: IpAddr, protocol: u8, payload: &[u8]) -> Result<()> {
+        self.netns().within(|| {
+            let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+            let socket = raw_socket(family, protocol.into())?;
+            let to = SockaddrStorage::from(SocketAddr::new(to, 0));
+            sendto(socket.as_raw_fd(), payload, &to, MsgFlags::empty())
+                .context("cannot send a raw packet")?;
+            Ok(())
         })
     }
 
@@ -51,13 +67,17 @@ impl Wire {
     }
 }
 
+fn raw_socket(family: i32, protocol: i32) -> Result<OwnedFd> {
+    // SAFETY: the call takes numbers only.
+    let socket = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+    let socket = Errno::result(socket).context("no raw socket")?;
+    // SAFETY: it was just made, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
 /// A packet socket that is bound to an interface of this thread's namespace, and receives nothing.
 fn open(index: u32) -> Result<OwnedFd> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: the call takes numbers only.
-    let socket = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
-    // SAFETY: it was just made, and nobody else has it.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let socket = raw_socket(libc::AF_PACKET, 0)?;
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as libc::sa_family_t,
         sll_protocol: 0,
