@@ -56,8 +56,6 @@ pub trait FlowTables: Tables {
     /// Moves one entry of an established flow that has ended to those that are being opened or closed. Packets find it on
     /// its way.
     fn put_ended(&self, whole: &Conversation, role: Role);
-    /// Removes what stands under the key of one entry among the flows that are being opened or closed.
-    fn remove_transient(&self, whole: &Conversation, role: Role);
     /// Removes one entry of a flow that has ended, if it has.
     fn remove_ended(&self, whole: &Conversation, role: Role);
     /// What stands, in either table, under the key of one entry of a flow.

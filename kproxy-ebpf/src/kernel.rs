@@ -205,11 +205,6 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn remove_transient(&self, whole: &Conversation, role: Role) {
-        keys::clear(whole, role);
-    }
-
-    #[inline(always)]
     fn remove_ended(&self, whole: &Conversation, role: Role) {
         keys::forget(whole, role);
     }

@@ -79,17 +79,6 @@ pub fn end(whole: &Conversation, role: Role) {
     }
 }
 
-/// Removes what stands in `flow_transient` under the key of the entry: seldom anything, so it is looked for first, which
-/// takes no lock.
-#[inline(always)]
-pub fn clear(whole: &Conversation, role: Role) {
-    if let Some(Entry { key, .. }) = Entry::of(whole, role)
-        && transient(key).is_some()
-    {
-        let _ = maps::FLOW_TRANSIENT.remove(&*key);
-    }
-}
-
 /// Removes the entry of a flow that has ended, if it has.
 #[inline(always)]
 pub fn forget(whole: &Conversation, role: Role) {

@@ -204,10 +204,6 @@ fn begin<T: FlowTables>(
             // Where the packet leaves, and so with which address it is masked, routing decides: the mask's port 0
             // asks for it.
             tables.put_transient(flow, Role::Forwarded);
-        } else {
-            // A flow that had the same answers and has ended may have left how it was masked, by a port that is another's
-            // by now.
-            tables.remove_transient(flow, Role::Forwarded);
         }
         u32::from(flow.inner_port)
     });

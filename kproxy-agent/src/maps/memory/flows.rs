@@ -205,10 +205,6 @@ impl FlowTables for FlowView<'_> {
         self.flows.flow.borrow_mut().remove(&key);
     }
 
-    fn remove_transient(&self, whole: &Conversation, role: Role) {
-        self.flows.transient.borrow_mut().remove(&entry(whole, role).0);
-    }
-
     fn remove_ended(&self, whole: &Conversation, role: Role) {
         let (key, _) = entry(whole, role);
         let mut transient = self.flows.transient.borrow_mut();
