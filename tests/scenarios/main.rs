@@ -37,6 +37,7 @@ mod reach;
 mod redirects;
 mod restart;
 mod safety;
+mod segments;
 mod shapes;
 mod soak;
 mod sockets;
@@ -80,6 +81,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, opted_out::SCENARIOS),
     (kproxy, pass_through::SCENARIOS),
     (kproxy, paths::SCENARIOS),
+    (kproxy, segments::SCENARIOS),
     (kproxy, traceroute::SCENARIOS),
     (kproxy, redirects::SCENARIOS),
     (kproxy, tunnels::SCENARIOS),

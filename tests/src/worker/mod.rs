@@ -228,6 +228,21 @@ impl Worker {
         self.call(&Request::UdpSend { id, to: None, data })
     }
 
+    /// Sends datagrams of `size` octets, the last perhaps shorter, by one call (UDP_SEGMENT); to the connected address
+    /// without `to`.
+    ///
+    /// # Errors
+    /// With the errno of setsockopt or sendto.
+    pub fn udp_send_segments(
+        &self,
+        id: Id,
+        to: Option<SocketAddr>,
+        data: &str,
+        size: u16,
+    ) -> WorkerResult<()> {
+        self.call(&Request::UdpSendSegments { id, to, data: data.to_owned(), size })
+    }
+
     /// Waits for a datagram.
     ///
     /// # Errors

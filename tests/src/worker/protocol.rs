@@ -49,6 +49,13 @@ pub enum Request {
         to: Option<SocketAddr>,
         data: String,
     },
+    /// As `UdpSend`: datagrams of `size` octets, by one call.
+    UdpSendSegments {
+        id: Id,
+        to: Option<SocketAddr>,
+        data: String,
+        size: u16,
+    },
     UdpReceive {
         id: Id,
         timeout_ms: u64,

@@ -14,7 +14,8 @@ use super::echo;
 use super::probe::probe;
 use super::protocol::{Datagram, Id, Reply, Request, Socket};
 use super::sockets::{
-    Failed, Headers, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect, udp_socket,
+    Failed, Headers, Named as _, http_get, tcp_connect, tcp_exchange, tcp_transfer, udp_connect,
+    udp_send_segments, udp_socket,
 };
 use super::transfer::Transfer;
 
@@ -118,6 +119,10 @@ fn perform(
                 Some(to) => socket.send_to(data.as_bytes(), to).named("sendto")?,
                 None => socket.send(data.as_bytes()).named("send")?,
             };
+            Ok(Value::Null)
+        }
+        Request::UdpSendSegments { id, to, data, size } => {
+            udp_send_segments(sockets.udp(id)?, to, data.as_bytes(), size)?;
             Ok(Value::Null)
         }
         Request::UdpReceive { id, timeout_ms } => {

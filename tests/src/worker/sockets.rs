@@ -153,6 +153,22 @@ pub fn udp_connect(socket: &UdpSocket, to: Option<SocketAddr>) -> Result<(), Fai
     Errno::result(result).map(drop).named("connect")
 }
 
+/// Sends datagrams of this size by one call.
+pub fn udp_send_segments(
+    socket: &UdpSocket,
+    to: Option<SocketAddr>,
+    data: &[u8],
+    size: u16,
+) -> Result<(), Failed> {
+    setsockopt(socket, sockopt::UdpGsoSegment, &size.into()).named("setsockopt")?;
+    let sent = match to {
+        Some(to) => socket.send_to(data, to).named("sendto"),
+        None => socket.send(data).named("send"),
+    };
+    setsockopt(socket, sockopt::UdpGsoSegment, &0).named("setsockopt")?;
+    sent.map(drop)
+}
+
 /// A UDP socket that serves a port at all addresses of one family, and knows which was asked.
 pub fn udp_server(family: WireFamily, port: u16) -> Result<OwnedFd, Failed> {
     let v4 = matches!(family, WireFamily::V4);
