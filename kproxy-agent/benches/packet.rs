@@ -13,6 +13,8 @@ mod cluster;
 #[path = "../tests/packets/frame.rs"]
 #[expect(dead_code, reason = "the tests use all of it")]
 mod frame;
+#[path = "../tests/support/map_fds.rs"]
+mod map_fds;
 #[path = "../tests/packets/world.rs"]
 #[expect(dead_code, reason = "the tests use all of it")]
 mod world;

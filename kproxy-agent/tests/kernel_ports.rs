@@ -1,13 +1,15 @@
 //! A mask's port belongs to one flow at a time, whichever processors want it at the same instant, and however the flow
 //! before has left it.
 
+#[path = "support/test_object.rs"]
+mod test_object;
+
 use std::{
     thread,
     time::{Duration, Instant},
 };
 
 use aya::{
-    Ebpf,
     maps::PerCpuArray,
     programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
@@ -16,8 +18,6 @@ use nix::{
     unistd::Pid,
 };
 
-/// Named by `cargo xtask test`: the object with the programs for tests.
-const OBJECT: &str = "KPROXY_TEST_OBJECT";
 /// So many ports are given out, between processors that want nothing else.
 const GIVEN: u64 = 3_000_000;
 const RUNS_A_CALL: u32 = 200_000;
@@ -26,20 +26,12 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 #[test]
 fn a_port_is_held_by_one_flow_at_a_time() {
-    let Some(path) = std::env::var_os(OBJECT) else {
-        println!("skipped: {OBJECT} does not name the test object; `cargo xtask test` builds it");
-        return;
-    };
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: loading programs takes root");
-        return;
-    }
+    let Some(mut ebpf) = test_object::load() else { return };
     let processors = processors();
     if processors.len() < 2 {
         println!("skipped: there is one processor, and so never two at the same instant");
         return;
     }
-    let mut ebpf = Ebpf::load(&std::fs::read(&path).unwrap()).expect("the test object loads");
     let program: &mut SchedClassifier = ebpf.program_mut("hold_stress").unwrap().try_into().unwrap();
     program.load().unwrap();
     let program: &SchedClassifier = ebpf.program("hold_stress").unwrap().try_into().unwrap();

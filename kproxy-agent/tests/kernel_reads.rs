@@ -1,17 +1,20 @@
 //! A program reads on one CPU while the agent's own code rewrites the tables as fast as it can on another: it
 //! never sees another Service's backend, half of one, or a miss of a frontend that was there all along.
 
+#[path = "support/map_fds.rs"]
+mod map_fds;
+#[path = "support/test_object.rs"]
+mod test_object;
+
 use std::{
     collections::BTreeMap,
-    os::fd::AsFd as _,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use aya::{
-    Ebpf,
-    maps::{Map, PerCpuArray},
+    maps::PerCpuArray,
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
@@ -23,9 +26,8 @@ use kproxy::{
 use kproxy_common::{
     Address, BackendState, FrontendKey, FrontendKind, Location, Mode, Protocol, ServiceKind, TrafficPolicy,
 };
+use map_fds::fd_of;
 
-/// Named by `cargo xtask test`: the object with the programs for tests.
-const OBJECT: &str = "KPROXY_TEST_OBJECT";
 /// The reader goes on until it has made this many reads, and the writer this many writes meanwhile: which of the
 /// two is the faster one depends on the machine.
 const READS: u64 = 10_000_000;
@@ -38,20 +40,8 @@ const STANDING: u32 = 64;
 
 #[test]
 fn a_reader_never_sees_half_of_a_change() {
-    let Some(path) = std::env::var_os(OBJECT) else {
-        println!("skipped: {OBJECT} does not name the test object; `cargo xtask test` builds it");
-        return;
-    };
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: loading programs takes root");
-        return;
-    }
-    let mut ebpf = Ebpf::load(&std::fs::read(&path).unwrap()).expect("the test object loads");
-    let mut maps = KernelMaps::from_fds(|name| {
-        let map = ebpf.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
-        data_of(map).fd().as_fd().try_clone_to_owned()
-    })
-    .unwrap();
+    let Some(mut ebpf) = test_object::load() else { return };
+    let mut maps = KernelMaps::from_fds(|name| fd_of(&ebpf, name)).unwrap();
     let (tables, problems) = maps.restore().unwrap();
     assert!(problems.is_empty(), "{problems:?}");
     let mut reconciler = Reconciler::new(tables);
@@ -174,16 +164,5 @@ fn service(which: u32, backends: u32) -> WantedService {
             frontends: vec![frontend],
         }],
         addresses: Vec::new(),
-    }
-}
-
-fn data_of(map: &Map) -> &aya::maps::MapData {
-    match map {
-        Map::Array(data)
-        | Map::HashMap(data)
-        | Map::LruHashMap(data)
-        | Map::LpmTrie(data)
-        | Map::PerCpuArray(data) => data,
-        other => panic!("a map of an unexpected kind: {other:?}"),
     }
 }

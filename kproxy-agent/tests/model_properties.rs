@@ -11,10 +11,14 @@ mod decision;
 mod generate;
 #[path = "model_properties/kernel.rs"]
 mod kernel;
+#[path = "support/map_fds.rs"]
+mod map_fds;
 #[path = "model_properties/naive.rs"]
 mod naive;
 #[path = "model_properties/opted_out.rs"]
 mod opted_out;
+#[path = "support/test_object.rs"]
+mod test_object;
 #[path = "model_properties/verdict.rs"]
 mod verdict;
 

@@ -2,10 +2,8 @@
 //! kernel's maps and read there by a classifier that wraps the decision alone; the same questions, with affinity
 //! that both remember for themselves.
 
-use std::os::fd::AsFd as _;
-
 use aya::Ebpf;
-use aya::maps::{Array, Map};
+use aya::maps::Array;
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use kproxy::maps::Reconciler;
 use kproxy::maps::kernel::KernelMaps;
@@ -17,10 +15,9 @@ use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config as Runs, TestRunner};
 
 use crate::decision::{History, Stage, affine, first_affine, stage};
-use crate::generate;
+use crate::map_fds::fd_of;
+use crate::{generate, test_object};
 
-/// Named by `cargo xtask test`: the object with the programs for tests.
-const OBJECT: &str = "KPROXY_TEST_OBJECT";
 const HISTORIES: u32 = 150;
 /// How often each question is asked.
 const TURNS: u32 = 10;
@@ -38,15 +35,7 @@ struct Answer {
 
 #[test]
 fn the_loaded_program_decides_as_the_host() {
-    let Some(path) = std::env::var_os(OBJECT) else {
-        println!("skipped: {OBJECT} does not name the test object; `cargo xtask test` builds it");
-        return;
-    };
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: loading programs takes root");
-        return;
-    }
-    let mut ebpf = Ebpf::load(&std::fs::read(&path).unwrap()).expect("the test object loads");
+    let Some(mut ebpf) = test_object::load() else { return };
     let mut maps = Some(kernel_maps(&ebpf));
     let (tables, problems) = maps.as_mut().unwrap().restore().unwrap();
     assert!(problems.is_empty(), "{problems:?}");
@@ -183,18 +172,7 @@ fn on_host(view: &View<'_>, connection: &Connection, pick: u32) -> Answer {
 }
 
 fn kernel_maps(ebpf: &Ebpf) -> KernelMaps {
-    KernelMaps::from_fds(|name| {
-        let map = ebpf.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
-        match map {
-            Map::Array(data)
-            | Map::HashMap(data)
-            | Map::LruHashMap(data)
-            | Map::LpmTrie(data)
-            | Map::PerCpuArray(data) => data.fd().as_fd().try_clone_to_owned(),
-            other => Err(std::io::Error::other(format!("a map of an unexpected kind: {other:?}"))),
-        }
-    })
-    .unwrap()
+    KernelMaps::from_fds(|name| fd_of(ebpf, name)).unwrap()
 }
 
 /// What bpf_ktime_get_ns tells.

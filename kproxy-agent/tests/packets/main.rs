@@ -13,6 +13,8 @@ mod fuzz;
 mod hostile;
 mod lifetimes;
 mod longrun;
+#[path = "../support/map_fds.rs"]
+mod map_fds;
 mod masks;
 mod messages;
 mod nat;

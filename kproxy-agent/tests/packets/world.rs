@@ -4,12 +4,11 @@ use std::{
     collections::BTreeMap,
     mem::offset_of,
     net::{IpAddr, SocketAddr},
-    os::fd::AsFd as _,
     time::{Duration, Instant, SystemTime},
 };
 
 use aya::{
-    maps::{HashMap, Map, MapData, ProgramArray},
+    maps::{HashMap, MapData, ProgramArray},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
@@ -34,6 +33,7 @@ use crate::{
     answers,
     cluster::{CLUSTER_CIDRS, Family, NODE_NAME, SERVICE_CIDRS, Service, Who},
     frame::{Frame, Link},
+    map_fds::fd_of,
 };
 
 /// The first of the ports that clients are masked with, and how many there are.
@@ -115,10 +115,7 @@ impl World {
         let devices = make_devices();
         let mut programs = Programs::load_unpinned(&capacities).expect("the programs load");
         let object = programs.object();
-        let maps = KernelMaps::from_fds(|name| {
-            let map = object.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
-            data_of(map).fd().as_fd().try_clone_to_owned()
-        });
+        let maps = KernelMaps::from_fds(|name| fd_of(object, name));
         let mut maps = maps.expect("the maps are what this version expects");
         let (tables, problems) = maps.restore().expect("the maps can be read");
         assert!(problems.is_empty(), "{problems:?}");
@@ -459,10 +456,7 @@ impl World {
     /// The agent sweeps the tables of flows, once from end to end.
     pub fn sweep(&mut self) {
         let object = self.programs.object();
-        let maps = FlowMaps::from_fds(|name| {
-            let map = object.map(name).ok_or_else(|| std::io::Error::other(format!("no map {name}")))?;
-            data_of(map).fd().as_fd().try_clone_to_owned()
-        });
+        let maps = FlowMaps::from_fds(|name| fd_of(object, name));
         let mut now = Instant::now();
         let mut keeper = Keeper::over(maps.expect("the maps are what this version expects"), now);
         loop {
@@ -587,15 +581,4 @@ fn make_devices() -> [u32; 3] {
 fn ip(words: &[&str]) {
     let status = std::process::Command::new("ip").args(words).status().expect("iproute2 is installed");
     assert!(status.success(), "ip {words:?} failed");
-}
-
-fn data_of(map: &Map) -> &MapData {
-    match map {
-        Map::Array(data)
-        | Map::HashMap(data)
-        | Map::LruHashMap(data)
-        | Map::LpmTrie(data)
-        | Map::PerCpuArray(data) => data,
-        other => panic!("a map of an unexpected kind: {other:?}"),
-    }
 }
