@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use kproxy_lab::{
-    Agent, Answer, EchoServer, Family, Lab, Manifests, Member, Node, Worker, WorkerError, WorkerResult,
-    wait_for,
+    Agent, Answer, EchoServer, ElbSpec, Family, Lab, LabBuilder, Manifests, Member, Node, NodeSpec, Worker,
+    WorkerError, WorkerResult, wait_for,
 };
 use nix::errno::Errno;
 use serde_json::Value;
@@ -31,6 +31,20 @@ const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// Steps that take longer than this say so.
 const SLOW: Duration = Duration::from_secs(1);
+
+/// Two nodes, with pods a1, a2 and b1, a load balancer's machine and a client outside.
+pub fn usual(lab: LabBuilder) -> LabBuilder {
+    lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
+        .node(NodeSpec::new("node-b", 2, &["b1"]))
+        .elb(ElbSpec::new())
+        .client("client")
+}
+
+/// The Service `web` at the load balancer's addresses, by TCP, under policy Local; without endpoints.
+pub fn web(lab: &Lab, node_port: u16) -> Result<Service> {
+    let web = Service::new("web", 10).tcp(80, TARGET).node_port(node_port);
+    Ok(web.load_balancers(lab.elb()?.vips()).local())
+}
 
 /// A lab with agents that follow one folder.
 pub struct Cluster {

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{
-    BurstSpec, Context, ElbSpec, Family, Lab, Manifests, Node, NodeSpec, Output, kproxy_binary, wait_until,
+    BurstSpec, Context, Family, Lab, Manifests, Node, NodeSpec, Output, kproxy_binary, wait_until,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, frontend, packet_programs};
+use crate::cluster::{
+    Client, Cluster, DEADLINE, Steps, TARGET, Transport, frontend, packet_programs, usual, web,
+};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -24,28 +26,14 @@ pub const SCENARIOS: &[Scenario] = &[
 
 const NODE_PORT: u16 = 30_080;
 
-fn lab(ctx: &Context) -> Result<Lab> {
-    ctx.lab(|lab| {
-        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
-            .node(NodeSpec::new("node-b", 2, &["b1"]))
-            .elb(ElbSpec::new())
-            .client("client")
-    })
-}
-
-fn web(lab: &Lab) -> Result<Service> {
-    Ok(Service::new("web", 10)
-        .tcp(80, TARGET)
-        .node_port(NODE_PORT)
-        .load_balancers(lab.elb()?.vips())
-        .local()
-        .annotation("kubernetes.io/elb.pass-through", "true")
-        .pods(&[lab.pod("a2")?, lab.pod("b1")?]))
+fn passed(lab: &Lab) -> Result<Service> {
+    let web = web(lab, NODE_PORT)?.annotation("kubernetes.io/elb.pass-through", "true");
+    Ok(web.pods(&[lab.pod("a2")?, lab.pod("b1")?]))
 }
 
 fn services(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
-    let web = web(&lab)?;
+    let lab = ctx.lab(usual)?;
+    let web = passed(&lab)?;
     let empty = Service::new("empty", 11).udp(53, TARGET);
     let services = [web.clone(), empty];
     let mut cluster = Cluster::start(lab, &["node-a"], &[], &services)?;
@@ -160,7 +148,7 @@ fn table(cluster: &Cluster, web: &Service) -> Result<()> {
 }
 
 fn check(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
+    let lab = ctx.lab(usual)?;
     let node = lab.node("node-a")?;
     let cgroup = node.cgroup_root().display().to_string();
     let output = node.kproxy(&["check", "--cgroup-root", &cgroup, "-o", "json"])?;
@@ -203,8 +191,8 @@ fn check(ctx: &Context) -> Result<()> {
 }
 
 fn cleanup(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
-    let web = web(&lab)?;
+    let lab = ctx.lab(usual)?;
+    let web = passed(&lab)?;
     let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
     let _servers = cluster.servers(&["a2", "b1"])?;
     let node = cluster.node("node-a")?.clone();

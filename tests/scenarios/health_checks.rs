@@ -4,11 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Check, Context, ElbSpec, Family, Frontend, Lab, Member, NodeSpec, Worker};
+use kproxy_lab::{Check, Context, Family, Frontend, Lab, Member, Worker};
 use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, eventually};
+use crate::cluster::{Cluster, DEADLINE, Steps, eventually, usual, web};
 use crate::objects::{Endpoint, Service};
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -60,27 +60,13 @@ fn get(member: &Member, to: SocketAddr, path: &str) -> Result<Response> {
     })
 }
 
-fn lab(ctx: &Context) -> Result<Lab> {
-    ctx.lab(|lab| {
-        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
-            .node(NodeSpec::new("node-b", 2, &["b1"]))
-            .elb(ElbSpec::new())
-            .client("client")
-    })
-}
-
-fn web(lab: &Lab) -> Result<Service> {
-    Ok(Service::new("web", 10)
-        .tcp(80, TARGET)
-        .node_port(NODE_PORT)
-        .load_balancers(lab.elb()?.vips())
-        .local()
-        .health_check_node_port(HEALTH_PORT))
+fn checked(lab: &Lab) -> Result<Service> {
+    Ok(web(lab, NODE_PORT)?.health_check_node_port(HEALTH_PORT))
 }
 
 fn health_checks(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
-    let web = web(&lab)?;
+    let lab = ctx.lab(usual)?;
+    let web = checked(&lab)?;
     let (a1, a2, b1) = (lab.pod("a1")?.clone(), lab.pod("a2")?.clone(), lab.pod("b1")?.clone());
     let services = [web.clone().pods(&[&a2])];
     let mut cluster = Cluster::start(lab, &["node-a", "node-b"], &[], &services)?;
@@ -176,8 +162,8 @@ fn health_checks(ctx: &Context) -> Result<()> {
 
 /// Ports that others have, and addresses that come and go.
 fn listeners(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
-    let web = web(&lab)?.pods(&[lab.pod("a2")?]);
+    let lab = ctx.lab(usual)?;
+    let web = checked(&lab)?.pods(&[lab.pod("a2")?]);
     let node = lab.node("node-a")?.clone();
     let (near, far) = (SocketAddr::new(node.v4().into(), HEALTH_PORT), "198.51.100.77".parse::<IpAddr>()?);
     // Somebody else has the port before the agent wants it.

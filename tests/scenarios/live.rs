@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Answer, BurstSpec, Check, Context, ElbSpec, Family, Frontend, Lab, NodeSpec, wait_until};
+use kproxy_lab::{Answer, BurstSpec, Check, Context, Family, Frontend, wait_until};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, usual};
 use crate::objects::{Endpoint, Service};
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::changes_are_live", changes)];
@@ -17,17 +17,8 @@ const NODE_PORT: u16 = 30_080;
 const SECOND: Duration = Duration::from_secs(1);
 const ELB: &str = "kubernetes.io/elb.pass-through";
 
-fn lab(ctx: &Context) -> Result<Lab> {
-    ctx.lab(|lab| {
-        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
-            .node(NodeSpec::new("node-b", 2, &["b1"]))
-            .elb(ElbSpec::new())
-            .client("client")
-    })
-}
-
 fn changes(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx)?;
+    let lab = ctx.lab(usual)?;
     let base = Service::new("web", 10)
         .tcp(80, TARGET)
         .udp(80, TARGET)

@@ -7,14 +7,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::worker::Id;
 use kproxy_lab::{
-    BurstSpec, Context, ElbSpec, Family, HostSpec, Lab, Member, Node, NodeSpec, Worker, kproxy_binary,
-    wait_until,
+    BurstSpec, Context, Family, HostSpec, Lab, Member, Node, Worker, kproxy_binary, wait_until,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::Scenario;
-use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, Transport, family_of, packet_programs};
+use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, Transport, family_of, packet_programs, usual};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::restarts_are_not_noticed", restarts)];
@@ -29,13 +28,7 @@ const ENOUGH: u64 = 50;
 const ALL: &[&str] = &["a1", "node-a", "client", "stranger"];
 
 fn lab(ctx: &Context) -> Result<Lab> {
-    ctx.lab(|lab| {
-        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
-            .node(NodeSpec::new("node-b", 2, &["b1"]))
-            .elb(ElbSpec::new())
-            .client("client")
-            .host(HostSpec::new("stranger", 101))
-    })
+    ctx.lab(|lab| usual(lab).host(HostSpec::new("stranger", 101)))
 }
 
 fn restarts(ctx: &Context) -> Result<()> {

@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use kproxy_lab::{Context, ElbSpec, Family, Lab, NodeSpec};
+use kproxy_lab::{Context, Family, Lab};
 use nix::errno::Errno;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, SILENCE, Steps, TARGET, Transport};
+use crate::cluster::{Client, Cluster, SILENCE, Steps, TARGET, Transport, usual};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::source_ranges_bind_everyone", bind_everyone)];
@@ -20,12 +20,7 @@ const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
 /// A client outside that sends what is for the load balancer's address to node-a. Nothing listens at the load
 /// balancer itself: what strays there is refused, and what the node drops gets silence.
 fn lab(ctx: &Context) -> Result<Lab> {
-    let lab = ctx.lab(|lab| {
-        lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"]))
-            .node(NodeSpec::new("node-b", 2, &["b1"]))
-            .elb(ElbSpec::new())
-            .client("client")
-    })?;
+    let lab = ctx.lab(usual)?;
     let node = lab.node("node-a")?;
     for vip in lab.elb()?.vips() {
         let via = if vip.is_ipv4() { node.ip(Family::V4) } else { node.ip(Family::V6) };
