@@ -20,7 +20,8 @@ fn error(link: Link, kind: Kind, from: IpAddr, to: IpAddr, quoted: &Quoted) -> V
     Message { kind, from, to, quoted: Some(quoted.clone()) }.bytes(link)
 }
 
-/// An error comes to one hook, and goes on as another error. So it does where octets follow that are not the packet's.
+/// An error comes to one hook, and goes on as another error. So it does where octets follow that are not the packet's, and
+/// where it has options itself, or an extension header.
 fn becomes(
     world: &mut World,
     flow: &Flow,
@@ -30,8 +31,10 @@ fn becomes(
     about: &str,
 ) {
     let link = flow.link_at(at);
-    for behind in [&[][..], &[0x5a; 20]] {
-        let (came, goes) = ([&came(link), behind].concat(), [&goes(link), behind].concat());
+    let plain = [came(link), goes(link)];
+    let odd = plain.each_ref().map(|message| seldom::any_with_header(link, message));
+    let followed = plain.each_ref().map(|message| [&message[..], &[0x5a; 20]].concat());
+    for [came, goes] in [plain, followed, odd] {
         let outcome = world.run(at, link, &came);
         let counted = world.newly_counted();
         assert_eq!(outcome.action, Action::Next, "{about} {at:?}: {counted:?}");

@@ -5,7 +5,7 @@ use etherparse::{
     Ipv6RoutingExtensions,
 };
 
-use crate::frame::Frame;
+use crate::frame::{Frame, Link};
 
 /// How many there are of each family.
 pub const COUNT: usize = 10;
@@ -23,6 +23,28 @@ pub fn headers(mut packet: Frame, number: usize) -> Frame {
         }
     }
     packet
+}
+
+/// The packet with options, or a hop-by-hop header, of whatever it is made.
+pub fn any_with_header(link: Link, packet: &[u8]) -> Vec<u8> {
+    let network = link.header_length();
+    let (mut headers, payload) = IpHeaders::from_slice(&packet[network..]).expect("it is an IP packet");
+    let (number, payload) = (payload.ip_number, payload.payload);
+    match &mut headers {
+        IpHeaders::Ipv4(header, _) => header.options = [1; 8][..].try_into().expect("at most forty octets"),
+        IpHeaders::Ipv6(header, extensions) => {
+            *extensions = chain(0);
+            header.next_header = extensions.set_next_headers(number);
+        }
+    }
+    headers.set_payload_len(payload.len()).expect("it is short");
+    if let IpHeaders::Ipv4(header, _) = &mut headers {
+        header.header_checksum = header.calc_header_checksum();
+    }
+    let mut out = packet[..network].to_vec();
+    headers.write(&mut out).expect("memory can be written to");
+    out.extend(payload);
+    out
 }
 
 fn chain(number: usize) -> Ipv6Extensions {
