@@ -26,6 +26,8 @@ const SERVICE_CIDRS: [&str; 2] = ["--service-cidr", "10.96.0.0/16,fd00:10:96::/1
 
 /// A port of the client's that two flows share.
 const SHARED_PORT: u16 = 40_404;
+/// One that flows have one after the other.
+const PORT_AGAIN: u16 = 40_405;
 
 /// `filtered`: whether frames between two ports of the bridge pass netfilter.
 fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
@@ -111,6 +113,11 @@ fn unseen(ctx: &Context, cni: Cni, filtered: bool) -> Result<()> {
                 || share_tcp(&client.worker, both, server),
             );
         }
+        for (service, pod) in [(&near, &a2), (&far, &b1)] {
+            steps.step(&format!("{} and then its pod, from one port, {family:?}", service.name()), || {
+                again_from_one_port(&client.worker, at(service), SocketAddr::new(pod.ip(family), TARGET))
+            });
+        }
         for transport in Transport::REFUSABLE {
             steps.step(&format!("no endpoint, {family:?}, {transport:?}"), || {
                 client.is_refused_by_packet(transport, at(&empty))
@@ -180,12 +187,24 @@ fn share_udp(worker: &Worker, both: [SocketAddr; 2], server: &str) -> Result<()>
     Ok(worker.close(socket.id)?)
 }
 
+/// A connection to the Service's pod past the Service, from the port of one through it that is over.
+fn again_from_one_port(worker: &Worker, service: SocketAddr, pod: SocketAddr) -> Result<()> {
+    let from = Some(any(family_of(service), PORT_AGAIN));
+    let servers = [service, pod].map(|to| -> Result<String> {
+        let socket = worker.tcp_connect_with(to, from, Duration::from_secs(3))?;
+        let answer = worker.tcp_ask(socket.id, "hello")?;
+        worker.close(socket.id)?;
+        Ok(answer.server)
+    });
+    let [one, other] = servers;
+    let (one, other) = (one?, other?);
+    ensure!(one == other, "the Service is answered by {one}, its pod by {other}");
+    Ok(())
+}
+
 /// Two connections from one port, to two frontends of one backend, open at the same time.
 fn share_tcp(worker: &Worker, both: [SocketAddr; 2], server: &str) -> Result<()> {
-    let from = match family_of(both[0]) {
-        Family::V4 => SocketAddr::new(std::net::Ipv4Addr::UNSPECIFIED.into(), SHARED_PORT),
-        Family::V6 => SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), SHARED_PORT),
-    };
+    let from = any(family_of(both[0]), SHARED_PORT);
     let mut sockets = Vec::new();
     for to in both {
         sockets.push(worker.tcp_connect_with(to, Some(from), Duration::from_secs(2))?);
@@ -200,6 +219,13 @@ fn share_tcp(worker: &Worker, both: [SocketAddr; 2], server: &str) -> Result<()>
         worker.close(socket.id)?;
     }
     Ok(())
+}
+
+fn any(family: Family, port: u16) -> SocketAddr {
+    match family {
+        Family::V4 => SocketAddr::new(std::net::Ipv4Addr::UNSPECIFIED.into(), port),
+        Family::V6 => SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port),
+    }
 }
 
 fn node_addresses(node: &Node) -> Result<BTreeSet<IpAddr>> {
