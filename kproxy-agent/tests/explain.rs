@@ -212,7 +212,10 @@ fn nobody_can_ask_where_there_is_nothing() {
     let folder = Folder::new("nobody");
     // Where others can read it, wherever the sources are.
     let binary = folder.path().join("kproxy");
-    fs::copy(env!("CARGO_BIN_EXE_kproxy"), &binary).unwrap();
+    // By another process: this one forks in other threads meanwhile, and a child that has the file open for writing until it
+    // becomes another program keeps this one from being run (ETXTBSY).
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_kproxy")).arg(&binary).status().unwrap();
+    assert!(copied.success());
     for path in [folder.path(), &binary, &folder.path().join("objects.yaml")] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }

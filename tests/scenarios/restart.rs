@@ -140,7 +140,9 @@ fn restarts(ctx: &Context) -> Result<()> {
 
 fn upgrade(cluster: &mut Cluster, web: &Service) -> Result<()> {
     let other: PathBuf = cluster.lab.folder().join("kproxy-next");
-    std::fs::copy(kproxy_binary()?, &other)?;
+    // By another process: whatever forks here meanwhile would keep it from being run for a moment (ETXTBSY).
+    let copied = std::process::Command::new("cp").arg(kproxy_binary()?).arg(&other).status()?;
+    ensure!(copied.success(), "cp ends with {copied}");
     under_load(cluster, web, ALL, |cluster, load| {
         let node = cluster.node("node-a")?.clone();
         let before = attached(&node)?;
