@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use kproxy_lab::{Answer, Cni, Context, Datagram, Family, Lab, Member, NodeSpec, Worker};
+use kproxy_lab::{Answer, Cni, Context, Datagram, Family, HostSpec, Lab, Member, NodeSpec, TunLink, Worker};
 use nix::errno::Errno;
 
 use crate::Scenario;
@@ -22,6 +22,14 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::paths_tell_their_mtu_vxlan", |ctx| {
         paths_tell_their_mtu(ctx, |node| node.cni(Cni::Vxlan).keep_invalid())
     }),
+    ("kproxy::paths_tell_backends_their_mtu", |ctx| {
+        let mut steps = Steps::new();
+        for cni in [Cni::RoutedVeth, Cni::Bridge, Cni::Vxlan] {
+            backends_are_told(ctx, cni, &mut steps)?;
+            ctx.forget_labs();
+        }
+        steps.done()
+    }),
     ("kproxy::paths_carry_datagrams_in_parts_routed", |ctx| datagrams_in_parts(ctx, Cni::RoutedVeth)),
     ("kproxy::paths_carry_datagrams_in_parts_bridge", |ctx| datagrams_in_parts(ctx, Cni::Bridge)),
     ("kproxy::paths_carry_datagrams_in_parts_vxlan", |ctx| datagrams_in_parts(ctx, Cni::Vxlan)),
@@ -32,6 +40,10 @@ const FAR_NODE_PORT: u16 = 30_081;
 
 /// What the last link before a backend takes; IPv6 demands 1,280 at least.
 const NARROW: u32 = 1_300;
+
+/// The link to a client behind a router, and the addresses of its ends: the router's, the client's.
+const LINK: &str = "tun0";
+const ENDS: [[&str; 2]; 2] = [["10.255.0.1", "fd00:10:255::1"], ["10.255.0.2", "fd00:10:255::2"]];
 
 /// More than two of a link's packets hold, as a DNS answer with signatures can be.
 const LONG: usize = 4_000;
@@ -46,6 +58,7 @@ fn cluster(ctx: &Context, of: impl Fn(NodeSpec) -> NodeSpec) -> Result<Cluster> 
         lab.node(of(NodeSpec::new("node-a", 1, &["a1", "a2"])))
             .node(of(NodeSpec::new("node-b", 2, &["b1"])))
             .client("client")
+            .host(HostSpec::new("router", 101))
     })?;
     let service = |name, number, port, pod: &str| {
         let service = Service::new(name, number).tcp(80, TARGET).udp(80, TARGET).node_port(port);
@@ -100,6 +113,43 @@ fn paths_tell_their_mtu(ctx: &Context, of: impl Fn(NodeSpec) -> NodeSpec) -> Res
         }
     }
     steps.done()
+}
+
+/// The client is behind a router and a link that takes less: what the router says about a backend's answer is about the
+/// Service's address, and must come to the backend about its own, towards whom it speaks to.
+fn backends_are_told(ctx: &Context, cni: Cni, steps: &mut Steps) -> Result<()> {
+    let cluster = cluster(ctx, |node| node.cni(cni))?;
+    let _servers = cluster.servers(&["a1", "b1"])?;
+    let lab = &cluster.lab;
+    let (node, router, client) = (lab.node("node-a")?, lab.host("router")?, lab.host("client")?);
+    let _link = TunLink::between(router, client, LINK)?;
+    for (member, mtu, own, peer) in [(router, NARROW, ENDS[0], ENDS[1]), (client, 1500, ENDS[1], ENDS[0])] {
+        member.ip_command(&format!("link set {LINK} mtu {mtu} up"))?;
+        for (own, peer) in own.iter().zip(peer) {
+            let flags = if own.contains(':') { " nodad" } else { "" };
+            member.ip_command(&format!("address add {own} peer {peer} dev {LINK}{flags}"))?;
+        }
+    }
+    router.netns().set_sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
+    let worker = client.worker()?;
+    for (family, end, bits) in [(Family::V4, ENDS[1][0], 32), (Family::V6, ENDS[1][1], 128)] {
+        node.ip_command(&format!("route add {end}/{bits} via {}", router.ip(family)))?;
+        client.ip_command(&format!("route add {}/{bits} dev {LINK}", node.ip(family)))?;
+        for (backend, port) in [("a1", NODE_PORT), ("b1", FAR_NODE_PORT)] {
+            let to = SocketAddr::new(node.ip(family), port);
+            steps.step(&format!("{cni:?}, {backend}, {family:?}"), || {
+                let socket = worker.tcp_connect(to)?;
+                let answer = worker.tcp_ask(socket.id, "hello")?;
+                ensure!(answer.server == backend, "answered by {answer:?}");
+                worker.tcp_transfer(socket.id, 1, 5_000_000).context("5 MB down")?;
+                worker.close(socket.id)?;
+                let path = lab.pod(backend)?.ip_command(&format!("route get {}", answer.client.ip()))?;
+                ensure!(path.contains(&format!("mtu {NARROW}")), "{backend} has not learned it: {path}");
+                Ok(())
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Only the first part of a datagram has ports; the others must go where it goes, in both directions.

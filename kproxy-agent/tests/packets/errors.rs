@@ -122,9 +122,10 @@ fn errors_reach_who_sent_the_packet() {
                             |link| error(link, kind, from, frontend.ip(), &quote([frontend, client], length));
                         let inside =
                             |link| error(link, kind, from, backend.ip(), &quote([backend, inner], length));
-                        let name = if from == client.ip() { peer.ip() } else { from };
-                        let told =
-                            |link| error(link, kind, name, backend.ip(), &quote([backend, peer], length));
+                        // Whoever is before a masked client is behind the mask, too.
+                        let told = |link| {
+                            error(link, kind, peer.ip(), backend.ip(), &quote([backend, peer], length))
+                        };
                         becomes(world, flow, At::In(client_device), seen, inside, &about);
                         if flow.is_masked() {
                             becomes(world, flow, At::Out(backend_device), inside, told, &about);

@@ -387,9 +387,12 @@ impl History<'_, '_> {
         let between = self.meet_message(at, &came);
         let after = self.meet_message(out, &between);
         let quoted = after.quoted.map(|quoted| [quoted.packet.source(), quoted.packet.destination()]);
+        // Whoever is before a masked client is behind the mask, too.
+        let is_masked = is_about_reply && peer.ip() != client.ip();
+        let from = if is_masked { peer.ip() } else { name(sent[1]) };
         assert_eq!(
             (after.from, after.to, quoted),
-            (name(sent[1]), sent[0].ip(), Some(sent)),
+            (from, sent[0].ip(), Some(sent)),
             "{kind:?} about {arrived:?} of {session:?}"
         );
     }

@@ -1,7 +1,7 @@
 //! ICMP and ICMPv6: errors about translated packets, redirects, and echo.
 
 use super::{FlowTables, Hit, PacketMeta, PacketVerdict, on_other_protocol};
-use crate::{Address, Hook, Reason};
+use crate::{Address, Hook, Reason, Role};
 
 /// What an ICMP message is, as far as it is our business.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,8 +97,9 @@ fn translate(icmp: &IcmpMeta, hook: Hook, flow: &Hit) -> IcmpVerdict {
             return IcmpVerdict::Pass { reason: Reason::Unparsed };
         }
         Hook::Ingress => true,
-        // A router on the way keeps its name; an endpoint has that of the flow.
-        Hook::Egress => icmp.source == icmp.quoted.destination,
+        // A router on the way keeps its name; an endpoint has that of the flow. Where a client is masked, so is whoever is
+        // before it: the backend's node knows no way back to that one by which it would take a packet from here.
+        Hook::Egress => icmp.source == icmp.quoted.destination || matches!(flow.role, Role::Forwarded),
     };
     if flow.port == 0 {
         return IcmpVerdict::Pass { reason: Reason::NoFlow };

@@ -224,19 +224,26 @@ fn translate(
     let ports = |source: u16, destination: u16| (u32::from(source) << 16 | u32::from(destination)).to_be();
     let or = |port: u16, old: u16| if port == 0 { old } else { port };
     let old_ports = ports(quoted.source_port, quoted.destination_port);
-    // Where the message itself has another address, it is the same one that the quoted packet has at its other end.
-    let (outer_at, quoted_at, old, new_ports) = match hook {
-        Hook::Ingress => {
-            (destination_at, source_at, &quoted.source, ports(port, or(client_port, quoted.destination_port)))
-        }
-        Hook::Egress => {
-            (source_at, destination_at, &quoted.destination, ports(or(client_port, quoted.source_port), port))
-        }
+    let (outer_at, old_outer, quoted_at, old, new_ports) = match hook {
+        Hook::Ingress => (
+            destination_at,
+            &message.meta.destination,
+            source_at,
+            &quoted.source,
+            ports(port, or(client_port, quoted.destination_port)),
+        ),
+        Hook::Egress => (
+            source_at,
+            &message.meta.source,
+            destination_at,
+            &quoted.destination,
+            ports(or(client_port, quoted.source_port), port),
+        ),
     };
     let skb = ctx.skb.skb;
-    let difference = difference(old, address);
+    let change = difference(old, address);
     let sum = message.checksum(ctx, parsed);
-    let sum_after = message.checksum_after(&sum, difference, old_ports, new_ports);
+    let sum_after = message.checksum_after(&sum, change, old_ports, new_ports);
     // SAFETY: the helper checks the offset against the packet.
     succeeded(unsafe { bpf_l4_csum_replace(skb, checksum, old_ports.into(), new_ports.into(), 4) })?;
     store(ctx, message.transport, &new_ports, 0)?;
@@ -257,16 +264,17 @@ fn translate(
         succeeded(unsafe { bpf_l3_csum_replace(skb, message.network + 10, from, to, 4) })?;
         store(ctx, message.network + quoted_at, &address.v4_word(), 0)?;
         if outer {
+            let from = u64::from(old_outer.v4_word());
             // SAFETY: as above.
             succeeded(unsafe { bpf_l3_csum_replace(skb, parsed.network + 10, from, to, 4) })?;
             store(ctx, parsed.network + outer_at, &address.v4_word(), 0)?;
         }
         return Ok(());
     }
-    replace_v6(ctx, checksum, difference, 0)?;
+    replace_v6(ctx, checksum, change, 0)?;
     store(ctx, message.network + quoted_at, address, 0)?;
     if outer {
-        replace_v6(ctx, checksum, difference, BPF_F_PSEUDO_HDR.into())?;
+        replace_v6(ctx, checksum, difference(old_outer, address), BPF_F_PSEUDO_HDR.into())?;
         store(ctx, parsed.network + outer_at, address, 0)?;
     }
     Ok(())
