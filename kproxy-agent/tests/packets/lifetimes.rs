@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use kproxy_common::{PacketVerdict, Protocol, map_names};
+use kproxy_common::{PacketVerdict, Protocol, Role, map_names};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
@@ -125,5 +125,30 @@ fn a_connection_that_is_over_is_kept_for_stragglers() {
         world.let_pass(Duration::from_secs(11));
         world.sweep();
         assert!(is_empty(world), "it was over 121 s ago");
+    });
+}
+
+/// A flow whose beginning was evicted is begun anew, and with another backend if the Service has others now. What the first
+/// backend answers late does not lead the client back.
+#[test]
+fn a_late_answer_does_not_lead_a_flow_to_the_backend_before() {
+    in_world(ROOM, |world| {
+        for family in [Family::V4, Family::V6] {
+            world.have(&[Service::new(1, &[Who::There(1)])]);
+            let (first, mask) = send(world, family, Protocol::Udp, 0);
+            let entries = world.entries(map_names::FLOW_TRANSIENT);
+            let request = entries.iter().find(|(_, flow)| flow.role == Role::Request).expect("it is there");
+            world.evict(request.0);
+            world.have(&[Service::new(1, &[Who::There(2)])]);
+            let went = send(world, family, Protocol::Udp, 0);
+            assert_ne!(went.0, first);
+            let late = Frame::udp(Link::Ethernet, first, mask);
+            let (_, late) = world.meet(At::In(Device::Uplink), Link::Ethernet, &late);
+            let (_, late) = world.meet(At::Out(Device::Uplink), Link::Ethernet, &late.expect("it goes on"));
+            assert!(late.is_some());
+            assert_eq!(send(world, family, Protocol::Udp, 0), went);
+            world.compare_flows();
+            world.forget();
+        }
     });
 }

@@ -453,6 +453,21 @@ impl World {
         self.ahead += time;
     }
 
+    /// The entry under this key makes room for others.
+    pub fn evict(&mut self, evicted: &FlowKey) {
+        self.host.evict(evicted);
+        for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
+            let map = self.programs.object().map_mut(map).expect("the map is in the object");
+            let mut map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
+            let entries: Vec<_> = map.iter().collect::<Result<_, _>>().expect("it can be read");
+            for (key, flow) in entries {
+                if flow_of((key, flow)).0 == *evicted {
+                    map.remove(&key).expect("it is there");
+                }
+            }
+        }
+    }
+
     /// The agent sweeps the tables of flows, once from end to end.
     pub fn sweep(&mut self) {
         let object = self.programs.object();

@@ -21,8 +21,8 @@ pub(super) fn answer<T: FlowTables>(tables: &T, packet: &PacketMeta) {
         flow.last_seen = tables.now();
         tables.mark_transient(flow, Role::Reply);
         if !tables.mark_transient(flow, Role::Request) {
-            // Evicted since, while the backend took its time.
-            tables.put_transient(flow, Role::Request);
+            // Evicted since, while the backend took its time; or the flow was begun anew.
+            tables.put_new(flow, Role::Request);
         }
     });
 }

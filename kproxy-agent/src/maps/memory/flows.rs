@@ -14,7 +14,7 @@ use kproxy_common::{
 use crate::plan::{Tables, View};
 
 /// What packets leave behind: flows, affinity, counters; and the addresses that clients are masked with. Nothing
-/// is ever evicted.
+/// is ever evicted by itself.
 #[derive(Clone, Default, Debug)]
 pub struct Flows {
     /// `device`, by interface index.
@@ -44,6 +44,12 @@ impl Flows {
     /// `flow_transient`.
     pub fn transient(&self) -> BTreeMap<FlowKey, Flow> {
         self.transient.borrow().clone()
+    }
+
+    /// Takes out the entry under this key, as the kernel does where it makes room.
+    pub fn evict(&mut self, key: &FlowKey) {
+        self.flow.get_mut().remove(key);
+        self.transient.get_mut().remove(key);
     }
 
     /// `counter` of a number.
