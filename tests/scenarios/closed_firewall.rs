@@ -20,12 +20,7 @@ const FAR_NODE_PORT: u16 = 30_081;
 const TOOLS: [&str; 2] = ["iptables-nft", "ip6tables-legacy"];
 
 fn closed(ctx: &Context) -> Result<()> {
-    let mut steps = Steps::new();
-    for shape in Shape::ALL {
-        in_shape(ctx, shape, &mut steps)?;
-        ctx.forget_labs();
-    }
-    steps.done()
+    Shape::each(ctx, |shape, steps| in_shape(ctx, shape, steps))
 }
 
 /// The rules on a node that are not ours: all but two in FORWARD.

@@ -471,6 +471,15 @@ impl Steps {
         }
     }
 
+    /// No packet for a service address left a node.
+    pub fn nothing_strayed(&mut self, lab: &Lab) {
+        self.step("nothing strayed", || {
+            let strays = lab.strays()?;
+            ensure!(strays.is_empty(), "{strays:?}");
+            Ok(())
+        });
+    }
+
     pub fn done(self) -> Result<()> {
         let Self { passed, failed } = self;
         ensure!(

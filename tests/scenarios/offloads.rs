@@ -8,12 +8,9 @@ use kproxy_lab::{Context, Family, Lab, UPLINK, VXLAN, veth_name};
 use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET};
 use crate::objects::Service;
-use crate::shapes::Shape;
+use crate::shapes::{FAR_NODE_PORT, NODE_PORT, Shape, near_and_far};
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::offloads_change_nothing", offloads)];
-
-const NODE_PORT: u16 = 30_080;
-const FAR_NODE_PORT: u16 = 30_081;
 
 /// Each way; both ends look at each octet.
 const LENGTH: u64 = 5_000_000;
@@ -22,22 +19,12 @@ const LENGTH: u64 = 5_000_000;
 const LARGE: &str = "tcp and greater 3000";
 
 fn offloads(ctx: &Context) -> Result<()> {
-    let mut steps = Steps::new();
-    for shape in Shape::ALL {
-        in_shape(ctx, shape, &mut steps)?;
-        ctx.forget_labs();
-    }
-    steps.done()
+    Shape::each(ctx, |shape, steps| in_shape(ctx, shape, steps))
 }
 
 fn in_shape(ctx: &Context, shape: Shape, steps: &mut Steps) -> Result<()> {
     let lab = shape.lab(ctx)?;
-    let service = |name, number, port, pod: &str| {
-        let service = Service::new(name, number).tcp(80, TARGET).udp(80, TARGET).node_port(port);
-        Ok::<_, anyhow::Error>(service.pods(&[lab.pod(pod)?]))
-    };
-    let near = service("near", 10, NODE_PORT, "a2")?;
-    let far = service("far", 11, FAR_NODE_PORT, "b1")?;
+    let [near, far] = near_and_far(&lab, |service| service.tcp(80, TARGET).udp(80, TARGET))?;
     let cluster = Cluster::start(lab, &["node-a"], &[], [&near, &far])?;
     let _servers = cluster.servers(&["a2", "b1"])?;
     let lab = &cluster.lab;

@@ -126,11 +126,7 @@ fn flag(ctx: &Context, cni: Cni) -> Result<()> {
         ensure!(explained(&node, pod.v4(), &services.near)?["way"] == "socket");
         Ok(())
     });
-    steps.step("nothing strayed", || {
-        let strays = cluster.lab.strays()?;
-        ensure!(strays.is_empty(), "{strays:?}");
-        Ok(())
-    });
+    steps.nothing_strayed(&cluster.lab);
     steps.done()
 }
 
@@ -228,11 +224,7 @@ fn annotation(ctx: &Context, cni: Cni) -> Result<()> {
         })?;
         Ok(())
     });
-    steps.step("nothing strayed", || {
-        let strays = cluster.lab.strays()?;
-        ensure!(strays.is_empty(), "{strays:?}");
-        Ok(())
-    });
+    steps.nothing_strayed(&cluster.lab);
     steps.done()
 }
 

@@ -26,12 +26,7 @@ const SERVICE_CIDRS: [&str; 2] = ["--service-cidr", "10.96.0.0/16,fd00:10:96::/1
 const CLIENTS: u8 = 16;
 
 fn rules(ctx: &Context) -> Result<()> {
-    let mut steps = Steps::new();
-    for shape in Shape::ALL {
-        in_shape(ctx, shape, &mut steps)?;
-        ctx.forget_labs();
-    }
-    steps.done()
+    Shape::each(ctx, |shape, steps| in_shape(ctx, shape, steps))
 }
 
 fn in_shape(ctx: &Context, shape: Shape, steps: &mut Steps) -> Result<()> {

@@ -11,13 +11,11 @@ use nix::errno::Errno;
 use crate::Scenario;
 use crate::cluster::{Cluster, DEADLINE, Steps, TARGET, eventually};
 use crate::objects::{Service, cluster_ip};
-use crate::shapes::{Shape, counted};
+use crate::shapes::{FAR_NODE_PORT, NODE_PORT, Shape, counted, near_and_far};
 
 pub const SCENARIOS: &[Scenario] =
     &[("kproxy::sctp_is_translated", sctp), ("kproxy::raw_packets_of_the_host_stay_here", of_the_host)];
 
-const NODE_PORT: u16 = 30_080;
-const FAR_NODE_PORT: u16 = 30_081;
 const MASK_PORTS_FIRST: u16 = 61_000;
 const SERVICE_CIDRS: [&str; 2] = ["--service-cidr", "10.96.0.0/16,fd00:10:96::/112"];
 
@@ -28,15 +26,9 @@ const SCTP: u8 = 132;
 /// This kernel has no sockets of SCTP: an INIT is sent, looked at where it arrives, and refused there, since the pod's
 /// kernel does not know the protocol. The refusal comes back in the Service's name.
 fn sctp(ctx: &Context) -> Result<()> {
-    let mut steps = Steps::new();
-    for shape in Shape::ALL {
+    Shape::each(ctx, |shape, steps| {
         let lab = shape.lab(ctx)?;
-        let service = |name, number, port, pod: &str| {
-            let service = Service::new(name, number).sctp(80, TARGET).node_port(port);
-            Ok::<_, anyhow::Error>(service.pods(&[lab.pod(pod)?]))
-        };
-        let near = service("near", 10, NODE_PORT, "a2")?;
-        let far = service("far", 11, FAR_NODE_PORT, "b1")?;
+        let [near, far] = near_and_far(&lab, |service| service.sctp(80, TARGET))?;
         let cluster = Cluster::start(lab, &["node-a"], &[], [&near, &far])?;
         let lab = &cluster.lab;
         let (node, outside, pod) = (lab.node("node-a")?, lab.host("client")?, lab.pod("a1")?.unseen());
@@ -55,10 +47,8 @@ fn sctp(ctx: &Context) -> Result<()> {
                 });
             }
         }
-        drop(cluster);
-        ctx.forget_labs();
-    }
-    steps.done()
+        Ok(())
+    })
 }
 
 fn associate(from: &Member, to: SocketAddr, backend: &Member, masked: bool) -> Result<()> {

@@ -5,7 +5,9 @@ use kproxy_common::Reason;
 use kproxy_lab::{Cni, Context, ElbSpec, Family, HostSpec, Lab, Node, NodeSpec};
 use serde_json::Value;
 
+use crate::cluster::Steps;
 use crate::dumps;
+use crate::objects::Service;
 
 /// How pods are wired, and whether frames between two ports of a bridge pass netfilter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +21,16 @@ pub enum Shape {
 
 impl Shape {
     pub const ALL: [Self; 4] = [Self::Routed, Self::Bridge, Self::BridgeUnfiltered, Self::Vxlan];
+
+    /// Does the same in a lab of each shape.
+    pub fn each(ctx: &Context, mut in_shape: impl FnMut(Self, &mut Steps) -> Result<()>) -> Result<()> {
+        let mut steps = Steps::new();
+        for shape in Self::ALL {
+            in_shape(shape, &mut steps)?;
+            ctx.forget_labs();
+        }
+        steps.done()
+    }
 
     pub fn cni(self) -> Cni {
         match self {
@@ -60,6 +72,18 @@ impl Shape {
             .iter()
             .try_for_each(|name| node.netns().set_sysctl(&format!("net/bridge/bridge-nf-call-{name}"), value))
     }
+}
+
+/// NodePorts of [`near_and_far`].
+pub const NODE_PORT: u16 = 30_080;
+pub const FAR_NODE_PORT: u16 = 30_081;
+
+/// A Service with a backend on node-a, a2, and one with a backend on node-b, b1, with these ports.
+pub fn near_and_far(lab: &Lab, ports: impl Fn(Service) -> Service) -> Result<[Service; 2]> {
+    let service = |name, number, node_port, pod| -> Result<Service> {
+        Ok(ports(Service::new(name, number)).node_port(node_port).pods(&[lab.pod(pod)?]))
+    };
+    Ok([service("near", 10, NODE_PORT, "a2")?, service("far", 11, FAR_NODE_PORT, "b1")?])
 }
 
 /// How often a node's packet programs gave this reason.

@@ -131,11 +131,7 @@ fn reach_services(ctx: &Context) -> Result<()> {
             Ok(())
         });
     }
-    steps.step("nothing strayed", || {
-        let strays = cluster.lab.strays()?;
-        ensure!(strays.is_empty(), "{strays:?}");
-        Ok(())
-    });
+    steps.nothing_strayed(&cluster.lab);
     steps.done()
 }
 

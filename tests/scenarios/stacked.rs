@@ -8,11 +8,10 @@ use kproxy_lab::{Cni, Context, Family, GATEWAY_V4, GATEWAY_V6, Lab, NodeSpec, UP
 use crate::Scenario;
 use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, ask_from};
 use crate::objects::Service;
+use crate::shapes::{FAR_NODE_PORT, NODE_PORT, near_and_far};
 
 pub const SCENARIOS: &[Scenario] = &[("kproxy::stacked_devices_translate_once", stacked)];
 
-const NODE_PORT: u16 = 30_080;
-const FAR_NODE_PORT: u16 = 30_081;
 const BRIDGE: &str = "br0";
 
 /// How often each address is asked.
@@ -84,12 +83,7 @@ fn other_side(gateway: IpAddr) -> &'static str {
 }
 
 fn asked(lab: Lab, what: &str, steps: &mut Steps) -> Result<()> {
-    let service = |name, number, port, pod: &str| {
-        let service = Service::new(name, number).tcp(80, TARGET).udp(80, TARGET).node_port(port);
-        Ok::<_, anyhow::Error>(service.pods(&[lab.pod(pod)?]))
-    };
-    let near = service("near", 10, NODE_PORT, "a2")?;
-    let far = service("far", 11, FAR_NODE_PORT, "b1")?;
+    let [near, far] = near_and_far(&lab, |service| service.tcp(80, TARGET).udp(80, TARGET))?;
     let cluster = Cluster::start(lab, &["node-a"], &[], [&near, &far])?;
     let _servers = cluster.servers(&["a2", "b1"])?;
     let lab = &cluster.lab;

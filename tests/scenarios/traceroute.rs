@@ -19,12 +19,7 @@ const FAR_NODE_PORT: u16 = 30_081;
 const DEAF_NODE_PORT: u16 = 30_082;
 
 fn traceroute(ctx: &Context) -> Result<()> {
-    let mut steps = Steps::new();
-    for shape in Shape::ALL {
-        in_shape(ctx, shape, &mut steps)?;
-        ctx.forget_labs();
-    }
-    steps.done()
+    Shape::each(ctx, |shape, steps| in_shape(ctx, shape, steps))
 }
 
 fn in_shape(ctx: &Context, shape: Shape, steps: &mut Steps) -> Result<()> {
