@@ -11,7 +11,7 @@ use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICE
 
 use crate::Scenario;
 use crate::cluster::{
-    Client, Cluster, Steps, TARGET, Transport, eventually, frontend, packet_programs, service_view,
+    Client, Cluster, SILENCE, Steps, TARGET, Transport, eventually, frontend, packet_programs, service_view,
 };
 use crate::objects::{Service, cluster_ip};
 
@@ -89,13 +89,19 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
 /// `--devices` and `--exclude-devices`; an agent that is started with others takes its own off.
 fn chosen(ctx: &Context) -> Result<()> {
     let lab = lab(ctx, Cni::RoutedVeth)?;
-    let mut cluster = Cluster::start(lab, &["node-a"], &[], [])?;
+    let web = Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080);
+    let web = web.pods(&[lab.pod("a2")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
+    let _server = cluster.servers(&["a2"])?;
     let node = cluster.node("node-a")?.clone();
+    let outside = Client::at(cluster.lab.host("client")?)?;
+    let unseen = Client::at(&cluster.lab.pod("a1")?.unseen())?;
     let mut steps = Steps::new();
     for (arguments, expected) in [
         (&[][..], [2, 2, 2, 0]),
         (&["--devices", "eth*"], [2, 0, 0, 0]),
         (&["--exclude-devices", "v-a1"], [2, 0, 2, 0]),
+        (&["--exclude-devices", "eth*"], [0, 2, 2, 0]),
         (&["--devices", "eth0,v-*", "--exclude-devices", "v-a2"], [2, 2, 0, 0]),
         (&[], [2, 2, 2, 0]),
     ] {
@@ -106,6 +112,22 @@ fn chosen(ctx: &Context) -> Result<()> {
                 *count = packet_programs(&node, name)?.len();
             }
             ensure!(seen == expected, "programs on eth0, v-a1, v-a2, lo: {seen:?}, not {expected:?}");
+            // Whoever is behind an interface without programs is not served.
+            for family in Family::BOTH {
+                let node_port = SocketAddr::new(node.ip(family), 30_080);
+                let cluster_ip = SocketAddr::new(web.cluster_ip(family), 80);
+                for (client, to, is_hooked) in
+                    [(&outside, node_port, expected[0] == 2), (&unseen, cluster_ip, expected[1] == 2)]
+                {
+                    if is_hooked {
+                        client.reaches(Transport::Tcp, to, &["a2"])?;
+                        client.reaches(Transport::UdpUnconnected, to, &["a2"])?;
+                    } else {
+                        let made = client.worker.tcp_connect_with(to, None, SILENCE);
+                        ensure!(made.is_err(), "{} is served at {to}", client.name);
+                    }
+                }
+            }
             Ok(())
         });
     }
