@@ -437,7 +437,8 @@ impl Agent<'_> {
     }
 
     fn set_masks(&mut self) {
-        if let Err(error) = self.programs.masks(&devices::masks(&self.devices, self.bridge_frames)) {
+        let masks = devices::masks(&self.devices, self.bridge_frames, &self.node_addresses());
+        if let Err(error) = self.programs.masks(&masks) {
             tracing::error!("clients cannot be masked on interfaces that came or changed: {error:#}");
         }
     }

@@ -12,7 +12,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     MulticastGroup, new_multicast_connection,
     packet_route::{
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressHeaderFlags},
         link::{InfoKind, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     },
 };
@@ -40,6 +40,9 @@ pub struct Device {
     pub leads_to_namespace: bool,
     /// Its own addresses.
     pub addresses: BTreeSet<IpAddr>,
+    /// Those of them that are not for masking while there are others: secondary, temporary or deprecated ones, and single
+    /// ones beside a network's, as addresses that move between nodes are.
+    pub aside: BTreeSet<IpAddr>,
 }
 
 /// All interfaces by index.
@@ -83,14 +86,27 @@ pub fn local_addresses(devices: &Devices) -> BTreeSet<IpAddr> {
     devices.values().flat_map(|device| device.addresses.iter().copied()).collect()
 }
 
-/// How clients are masked on each interface: with its first address of each family that others can answer to. A bridge's
-/// port has the bridge's; what has none of a family borrows the first of another interface, as routing would.
-pub fn masks(devices: &Devices, bridge_frames: BridgeFrames) -> BTreeMap<u32, DeviceMask> {
+/// How clients are masked on each interface: with its address of each family that others can answer to; the node's own
+/// (`node_addresses`) if it is one of several. A bridge's port has the bridge's; what has none of a family borrows one of
+/// another interface, as routing would.
+pub fn masks(
+    devices: &Devices,
+    bridge_frames: BridgeFrames,
+    node_addresses: &BTreeSet<IpAddr>,
+) -> BTreeMap<u32, DeviceMask> {
+    let rank = |device: &Device, address: IpAddr| {
+        (!node_addresses.contains(&address), device.aside.contains(&address), address)
+    };
     let usable = |device: &Device, v4: bool| {
-        device.addresses.iter().copied().find(|address| address.is_ipv4() == v4 && is_reachable(*address))
+        let all = device.addresses.iter().copied();
+        all.filter(|address| address.is_ipv4() == v4 && is_reachable(*address))
+            .min_by_key(|address| rank(device, *address))
     };
     let any = |v4: bool| {
-        devices.values().filter(|device| !device.is_loopback).find_map(|device| usable(device, v4))
+        let others = devices.values().filter(|device| !device.is_loopback);
+        let found = others.filter_map(|device| usable(device, v4));
+        // The first where none is the node's.
+        found.min_by_key(|address| !node_addresses.contains(address))
     };
     let (any_v4, any_v6) = (any(true), any(false));
     devices
@@ -207,6 +223,12 @@ pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
             })
         });
         device.addresses.extend(address);
+        let bits = if address.is_some_and(|address| address.is_ipv4()) { 32 } else { 128 };
+        let later =
+            AddressHeaderFlags::Secondary | AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative;
+        if message.header.flags.intersects(later) || message.header.prefix_len == bits {
+            device.aside.extend(address);
+        }
     }
     Ok(devices)
 }
@@ -251,6 +273,7 @@ fn device(link: &LinkMessage) -> Device {
         bridge: controller.filter(|_| is_port),
         leads_to_namespace: is_veth && has_peer_namespace,
         addresses: BTreeSet::new(),
+        aside: BTreeSet::new(),
     }
 }
 
@@ -293,6 +316,7 @@ mod tests {
             bridge: None,
             leads_to_namespace: true,
             addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+            aside: BTreeSet::new(),
         }
     }
 
@@ -341,7 +365,8 @@ mod tests {
             (8, Device { leads_to_namespace: false, bridge: Some(7), ..veth("eth1", &[]) }),
         ]
         .into();
-        let masks = masks(&devices, BridgeFrames { filtered_v4: false, filtered_v6: true });
+        let frames = BridgeFrames { filtered_v4: false, filtered_v6: true };
+        let masks = masks(&devices, frames, &BTreeSet::new());
         let text = |address: Option<IpAddr>| address.map(|address| address.to_string());
         let table: Vec<_> = masks
             .iter()
@@ -360,6 +385,29 @@ mod tests {
                 (8, some("192.0.2.12"), some("2001:db8::11"), false, false),
             ]
         );
+    }
+
+    #[test]
+    fn an_address_that_moves_between_nodes_is_no_mask() {
+        let set = |addresses: &[&str]| -> BTreeSet<IpAddr> {
+            addresses.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let uplink = |aside: &[&str]| {
+            let addresses = &["192.0.2.5", "192.0.2.11", "192.0.2.12", "2001:db8::5", "2001:db8::11"];
+            Device { aside: set(aside), ..veth("eth0", addresses) }
+        };
+        let of = |device: Device, node: &[&str]| {
+            let frames = BridgeFrames { filtered_v4: true, filtered_v6: true };
+            // One that has none borrows.
+            let devices: Devices = [(1, veth("cali1", &["fe80::1"])), (2, device)].into();
+            let masks = masks(&devices, frames, &set(node));
+            assert_eq!((masks[&1].v4, masks[&1].v6), (masks[&2].v4, masks[&2].v6));
+            [masks[&2].v4, masks[&2].v6].map(|address| address.unwrap().to_string())
+        };
+        let aside = ["192.0.2.5", "2001:db8::5"];
+        assert_eq!(of(uplink(&[]), &["192.0.2.12", "2001:db8::11"]), ["192.0.2.12", "2001:db8::11"]);
+        assert_eq!(of(uplink(&aside), &[]), ["192.0.2.11", "2001:db8::11"]);
+        assert_eq!(of(Device { aside: set(&aside), ..veth("vxlan0", &aside) }, &[]), aside);
     }
 
     #[test]

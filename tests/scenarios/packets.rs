@@ -215,6 +215,10 @@ fn masked_without(without: &str, ctx: &Context, cni: Cni) -> Result<()> {
         });
         // By an overlay the packet leaves with the overlay's own address.
         let masks = addresses_of(node)?;
+        // Not with one that may be on another node tomorrow, though it comes first.
+        for address in ["192.0.2.3/32", "192.0.2.4/24", "2001:db8::3/128 nodad"] {
+            node.ip_command(&format!("address add {address} dev eth0"))?;
+        }
         for family in Family::BOTH {
             let to = SocketAddr::new(node.ip(family), NODE_PORT);
             for transport in Transport::ALL {
