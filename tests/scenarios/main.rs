@@ -18,6 +18,7 @@ mod explain;
 mod fallbacks;
 mod flood;
 mod flows;
+mod headers;
 mod health_checks;
 mod input;
 mod kubernetes;
@@ -88,6 +89,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, raw::SCENARIOS),
     (kproxy, stacked::SCENARIOS),
     (kproxy, tagged::SCENARIOS),
+    (kproxy, headers::SCENARIOS),
     (kproxy, packet_rules::SCENARIOS),
     (kproxy, offloads::SCENARIOS),
     (kproxy, source_ranges::SCENARIOS),
