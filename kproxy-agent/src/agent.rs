@@ -129,6 +129,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         cookie,
         is_synced: false,
         is_attached: false,
+        attached_as: Vec::new(),
         failed_devices: BTreeMap::new(),
         bridge_frames: BridgeFrames::read(),
         flows: FlowCare::default(),
@@ -188,6 +189,9 @@ struct Agent<'a> {
     cookie: u64,
     is_synced: bool,
     is_attached: bool,
+    /// The node's own addresses, as interfaces were last looked at: which of them lead to pods, and what clients are
+    /// masked with, depends on these.
+    attached_as: Vec<Address>,
     failed_devices: BTreeMap<String, String>,
     bridge_frames: BridgeFrames,
     flows: FlowCare,
@@ -308,6 +312,8 @@ impl Agent<'_> {
                 self.opt_outs.finish();
             }
             self.attach()?;
+        } else if self.model.node_addresses() != self.attached_as {
+            self.attach_devices();
         }
         self.flows.synced(self.syncer.tables(), changed, &report);
         // After the first time's attaching: a load balancer that is answered sends at once.
@@ -394,6 +400,7 @@ impl Agent<'_> {
     fn attach_devices(&mut self) {
         let selection =
             Selection { only: self.args.devices.clone(), exclude: self.args.exclude_devices.clone() };
+        self.attached_as = self.model.node_addresses().to_vec();
         let node_addresses = self.node_addresses();
         let wanted = devices::hooked(&self.devices, &selection, &node_addresses);
         let all = self.devices.iter().map(|(index, device)| (*index, device.name.as_str()));

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
 use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from, eventually};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -15,6 +15,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::conntrack_sysctls_are_those_of_kube_proxy", sysctls),
     ("kproxy::masquerade_all_masks_pods", masquerade_all),
     ("kproxy::traffic_of_services_passes_a_closed_firewall", accept_forward),
+    ("kproxy::masks_follow_the_node_object", masks_follow),
 ];
 
 fn lab(ctx: &Context) -> Result<Lab> {
@@ -261,7 +262,7 @@ fn accept_forward(ctx: &Context) -> Result<()> {
     });
     steps.step("with it traffic of Services passes", || {
         cluster.start_agents(&["node-a"], &["--accept-forward"])?;
-        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
         for family in Family::BOTH {
             for transport in Transport::ALL {
                 answers(family, transport)?;
@@ -278,16 +279,16 @@ fn accept_forward(ctx: &Context) -> Result<()> {
     steps.step("a restart adds none, and a rule that goes is put back at the next", || {
         node.run(&["sh", "-c", "iptables-nft -D FORWARD 1"])?.success()?;
         cluster.start_agents(&["node-a"], &["--accept-forward"])?;
-        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
         answers(Family::V4, Transport::Tcp)
     });
     steps.step("without the flag they are withdrawn", || {
         cluster.start_agents(&["node-a"], &[])?;
-        crate::cluster::eventually("no rules", || Ok(rules(&node)?.is_empty().then_some(())))
+        eventually("no rules", || Ok(rules(&node)?.is_empty().then_some(())))
     });
     steps.step("cleanup takes them away", || {
         cluster.start_agents(&["node-a"], &["--accept-forward"])?;
-        crate::cluster::eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
+        eventually("the rules", || Ok((rules(&node)?.len() == 4).then_some(())))?;
         cluster.forget_agent("node-a");
         let cgroup = node.cgroup_root().display().to_string();
         let output = node.kproxy(&["cleanup", "--cgroup-root", &cgroup])?.success()?;
@@ -295,5 +296,53 @@ fn accept_forward(ctx: &Context) -> Result<()> {
         ensure!(rules(&node)?.is_empty(), "{:?}", rules(&node)?);
         Ok(())
     });
+    steps.done()
+}
+
+/// Which of an interface's addresses is the node's own, the Node object says, and may say otherwise later.
+fn masks_follow(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1"]))
+            .node(NodeSpec::new("node-b", 2, &["b1"]))
+            .client("client")
+    })?;
+    let web = Service::new("web", 10).tcp(80, TARGET).udp(80, TARGET).node_port(30_080);
+    let web = web.pods(&[lab.pod("b1")?]);
+    let cluster = Cluster::start(lab, &[], &[], [&web])?;
+    let _servers = cluster.servers(&["b1"])?;
+    let node = cluster.lab.node("node-a")?.clone();
+    let first = Family::BOTH.map(|family| node.ip(family).to_string());
+    let second = ["192.0.2.200".to_owned(), "2001:db8::200".to_owned()];
+    node.ip_command(&format!("address add {}/24 dev eth0", second[0]))?;
+    node.ip_command(&format!("address add {}/64 dev eth0 nodad", second[1]))?;
+    let is_now = |cluster: &Cluster, addresses: &[String; 2]| {
+        let addresses = addresses.each_ref().map(|address| json!({"type": "InternalIP", "address": address}));
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}, "status": {"addresses": addresses},
+        });
+        cluster.folder.write("node.yaml", &node.to_string())
+    };
+    is_now(&cluster, &first)?;
+    let builder = node.agent().manifests(&cluster.folder).without_node_addresses();
+    let mut agent = builder.start()?;
+    agent.wait_synced()?;
+    let client = Client::at(cluster.lab.host("client")?)?;
+    let mut steps = Steps::new();
+    for addresses in [&first, &second] {
+        steps.step(&format!("the node is {addresses:?}"), || {
+            is_now(&cluster, addresses)?;
+            for address in addresses {
+                let to = SocketAddr::new(address.parse()?, 30_080);
+                // A NodePort answers on the node's own address.
+                eventually("an answer to that address", || {
+                    let Ok((answer, _)) = ask_from(&client.worker, Transport::Tcp, to) else {
+                        return Ok(None);
+                    };
+                    Ok((answer.client.ip() == to.ip()).then_some(()))
+                })?;
+            }
+            Ok(())
+        });
+    }
     steps.done()
 }

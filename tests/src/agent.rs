@@ -59,6 +59,7 @@ pub struct AgentBuilder {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     cluster_cidr: bool,
+    node_addresses: bool,
     manifests: Vec<PathBuf>,
     bpf_root: PathBuf,
     cgroup_root: PathBuf,
@@ -72,6 +73,7 @@ impl AgentBuilder {
             arguments: Vec::new(),
             environment: Vec::new(),
             cluster_cidr: true,
+            node_addresses: true,
             manifests: Vec::new(),
             bpf_root: node.bpf_root().to_owned(),
             cgroup_root: node.cgroup_root().to_owned(),
@@ -115,6 +117,12 @@ impl AgentBuilder {
     /// Does not tell it where pods live.
     pub fn without_cluster_cidr(mut self) -> Self {
         self.cluster_cidr = false;
+        self
+    }
+
+    /// Does not tell it the node's own addresses: it has them from the Node object, or from interfaces.
+    pub fn without_node_addresses(mut self) -> Self {
+        self.node_addresses = false;
         self
     }
 
@@ -164,9 +172,12 @@ impl AgentBuilder {
             .arg("--cgroup-root")
             .arg(&self.cgroup_root)
             .args(["--node-name", node.name()])
-            .args(["--node-address", &node.v4().to_string()])
-            .args(["--node-address", &node.v6().to_string()])
             .args(["--log-format", "json", "-v"]);
+        if self.node_addresses {
+            for address in [node.v4().to_string(), node.v6().to_string()] {
+                command = command.args(["--node-address", &address]);
+            }
+        }
         if self.cluster_cidr {
             command = command.arg("--cluster-cidr").arg(node.cluster_cidrs.join(","));
         }
