@@ -1,5 +1,5 @@
 //! What the packet programs cost: nanoseconds of each on its main paths, under BPF_PROG_TEST_RUN, less those of a
-//! program that does nothing.
+//! program that does nothing; and how many instructions are run there.
 //!
 //! `cargo bench --profile dev -p kproxy-agent --bench packet` (the kernel measures, and the programs are optimised in every
 //! profile); needs root, and KPROXY_TEST_OBJECT from `cargo xtask build` for the
@@ -13,6 +13,7 @@ mod cluster;
 #[path = "../tests/packets/frame.rs"]
 #[expect(dead_code, reason = "the tests use all of it")]
 mod frame;
+mod machine;
 #[path = "../tests/support/map_fds.rs"]
 mod map_fds;
 #[path = "../tests/packets/world.rs"]
@@ -23,13 +24,15 @@ use aya::{
     Ebpf,
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
-use kproxy::programs::Programs;
+use kproxy::programs::{OBJECT, Programs};
 use kproxy_common::{PacketVerdict, Protocol};
 use serde_json::json;
 
 use cluster::{Family, Port, Ports, Service, Who};
 use frame::{ACK, Frame, Link, PSH, SYN};
-use world::{At, Device, ROOM, World, context, in_world, program};
+use machine::Machine;
+use map_fds::fd_of;
+use world::{Action, At, Device, ROOM, World, context, device, in_world, program};
 
 /// Rounds of which the median is taken; in each, every path has its turn.
 const ROUNDS: usize = 41;
@@ -77,8 +80,11 @@ fn main() {
 fn measure(world: &mut World, nothing: &SchedClassifier) {
     world.have(&services());
     let mut paths = paths(world);
-    let (mut empty_loop, mut empty_loop_again, mut empty_once) = (Vec::new(), Vec::new(), Vec::new());
+    let mut machine = Machine::new(OBJECT);
     let mut port = 1_024;
+    let counts: Vec<String> =
+        paths.iter().map(|path| path.instructions(world, &mut machine, &mut port)).collect();
+    let (mut empty_loop, mut empty_loop_again, mut empty_once) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let packet = foreign(Family::V4).bytes();
         empty_loop.push(run(nothing, &packet, REPEAT));
@@ -93,11 +99,12 @@ fn measure(world: &mut World, nothing: &SchedClassifier) {
         (median(&mut empty_loop), median(&mut empty_loop_again), median(&mut empty_once));
     println!("load of the machine: {}", std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim());
     println!("an empty program, in a loop: {looped:.0} ns, again: {again:.0} ns; alone: {once:.0} ns");
-    println!("{:<15} {:<52} {:>8}", "program", "packet", "ns");
-    for path in &mut paths {
+    println!("{:<15} {:<52} {:>8}  instructions run", "program", "packet", "ns");
+    for (path, instructions) in paths.iter_mut().zip(&counts) {
         let less = if matches!(path.packets, Packets::Same(_)) { looped } else { once };
         let time = median(&mut path.times) - less;
-        println!("{:<15} {:<52} {time:>8.0}", program(path.measured_at(), Link::Ethernet), path.what);
+        let program = program(path.measured_at(), Link::Ethernet);
+        println!("{program:<15} {:<52} {time:>8.0}  {instructions}", path.what);
     }
     println!();
     println!("{:<15} {:>10} {:>10}", "program", "loaded", "walked");
@@ -197,6 +204,42 @@ fn paths(world: &mut World) -> Vec<Path> {
 }
 
 impl Path {
+    /// How many instructions are run, of each program on the way. The kernel makes the same of the same packet.
+    fn instructions(&self, world: &mut World, machine: &mut Machine, port: &mut u16) -> String {
+        let at = self.measured_at();
+        let bytes = match &self.packets {
+            Packets::Same(bytes) => bytes.clone(),
+            Packets::First { then, .. } => {
+                let first = self.first(port).expect("it has first packets");
+                if then.is_some() { world.run(self.at, Link::Ethernet, &first).bytes } else { first }
+            }
+        };
+        let object = world.object();
+        machine.copy(|name| fd_of(object, name).expect("the map is there"));
+        let ran = machine.run(program(at, Link::Ethernet), &bytes, world.index(device(at)));
+        let outcome = world.run(at, Link::Ethernet, &bytes);
+        assert_eq!(
+            (Action::of(ran.action), ran.bytes),
+            (Some(outcome.action), outcome.bytes),
+            "{}",
+            self.what
+        );
+        let total: u64 = ran.instructions.iter().map(|(_, count)| count).sum();
+        let parts: Vec<_> = ran.instructions.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        format!("{total:>5} = {}", parts.join(" + "))
+    }
+
+    /// A first packet, from a port of its own.
+    fn first(&self, port: &mut u16) -> Option<Vec<u8>> {
+        let Packets::First { protocol, family, to, .. } = &self.packets else {
+            return None;
+        };
+        let client = if self.at == At::In(Device::Pod) { CLIENT } else { Who::Client(1) };
+        *port = port.checked_add(1).unwrap_or(1_024);
+        let (from, to) = (client.at(*family, *port), to.0.at(*family, to.1));
+        Some(Frame::of(*protocol, Link::Ethernet, from, to, SYN).bytes())
+    }
+
     /// The hook whose time counts.
     fn measured_at(&self) -> At {
         match &self.packets {
@@ -215,14 +258,12 @@ impl Path {
                 let program = world.program(self.at, Link::Ethernet);
                 run_on(program, bytes, REPEAT, index)
             }
-            Packets::First { protocol, family, to, then } => {
-                let client = if self.at == At::In(Device::Pod) { CLIENT } else { Who::Client(1) };
+            Packets::First { then, .. } => {
+                let then = *then;
                 let mut times = Vec::new();
                 for _ in 0..FIRST {
-                    *port = port.checked_add(1).unwrap_or(1_024);
-                    let (from, to) = (client.at(*family, *port), to.0.at(*family, to.1));
-                    let packet = Frame::of(*protocol, Link::Ethernet, from, to, SYN);
-                    let (time, bytes) = once(world, self.at, &packet.bytes());
+                    let Some(packet) = self.first(port) else { continue };
+                    let (time, bytes) = once(world, self.at, &packet);
                     let time = then.map_or(time, |then| once(world, then, &bytes).0);
                     times.push(time);
                 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya::{
+    Ebpf,
     maps::{HashMap, MapData, ProgramArray},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
@@ -64,6 +65,18 @@ pub enum Action {
     Drop,
     /// Is sent back by the interface, as an answer.
     Answer,
+}
+
+impl Action {
+    /// What a program's return value says, if it is one of ours.
+    pub fn of(value: i32) -> Option<Self> {
+        match value {
+            -1 => Some(Self::Next),
+            2 => Some(Self::Drop),
+            7 => Some(Self::Answer),
+            _ => None,
+        }
+    }
 }
 
 /// A packet after a program.
@@ -238,6 +251,11 @@ impl World {
         self.devices[device as usize]
     }
 
+    /// The programs and maps, as they are loaded.
+    pub fn object(&mut self) -> &Ebpf {
+        self.programs.object()
+    }
+
     /// Runs a program on these bytes, and nothing else.
     pub fn run(&mut self, at: At, link: Link, bytes: &[u8]) -> Outcome {
         let index = self.index(device(at));
@@ -252,12 +270,8 @@ impl World {
                 ..TestRunOptions::new()
             })
             .unwrap_or_else(|error| panic!("{at:?} does not run on {bytes:02x?}: {error}"));
-        let action = match result.return_value as i32 {
-            -1 => Action::Next,
-            2 => Action::Drop,
-            7 => Action::Answer,
-            other => panic!("{at:?} returned {other} for {bytes:02x?}"),
-        };
+        let action = Action::of(result.return_value as i32)
+            .unwrap_or_else(|| panic!("{at:?} returned {} for {bytes:02x?}", result.return_value));
         Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
     }
 
@@ -470,7 +484,7 @@ impl World {
 
     /// The agent sweeps the tables of flows, once from end to end.
     pub fn sweep(&mut self) {
-        let object = self.programs.object();
+        let object = self.object();
         let maps = FlowMaps::from_fds(|name| fd_of(object, name));
         let mut now = Instant::now();
         let mut keeper = Keeper::over(maps.expect("the maps are what this version expects"), now);
@@ -525,7 +539,7 @@ pub fn program(at: At, link: Link) -> &'static str {
     }
 }
 
-fn device(at: At) -> Device {
+pub fn device(at: At) -> Device {
     match at {
         At::In(device) | At::Out(device) => device,
     }

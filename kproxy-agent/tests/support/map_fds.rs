@@ -8,7 +8,7 @@ use std::{
 use aya::{Ebpf, maps::Map};
 
 /// A descriptor of the map with this name.
-pub fn fd_of(object: &Ebpf, name: &'static str) -> io::Result<OwnedFd> {
+pub fn fd_of(object: &Ebpf, name: &str) -> io::Result<OwnedFd> {
     let data = match object.map(name) {
         Some(
             Map::Array(data)
