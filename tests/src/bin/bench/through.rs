@@ -19,7 +19,9 @@ pub const OCTETS: u16 = 8082;
 pub const DATAGRAM_BATCH: usize = 2_048;
 /// Octets in a batch.
 pub const OCTET_BATCH: usize = 64 << 20;
-/// Octets before it, until windows and buffers have grown to what they stay at.
+/// Octets that are handed over at a time.
+const CHUNK: usize = 128 << 10;
+/// Octets before a batch, until windows and buffers have grown to what they stay at.
 const OCTET_WARM_UP: usize = 16 << 20;
 
 /// Sent before they are taken out again: fewer than any queue on the way holds.
@@ -37,35 +39,30 @@ pub struct Way<'a> {
     pub sink: &'a Sink,
 }
 
-/// Where datagrams end: a socket in a pod, emptied by whoever sends, so that nothing waits for another thread.
-pub struct Sink(UdpSocket);
+/// Where datagrams and octets end: sockets in a pod, emptied by whoever sends, so that nothing waits for another thread.
+pub struct Sink {
+    datagrams: UdpSocket,
+    octets: TcpListener,
+}
 
 impl Sink {
-    /// Opens the sink of a pod, and starts a thread that takes connections' octets there.
+    /// Opens the sink of a pod.
     pub fn open(pod: &Member) -> Result<Self> {
         let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
-        let (socket, listener) = pod
+        let (datagrams, octets) = pod
             .netns()
             .within(|| Ok((UdpSocket::bind(any(DATAGRAMS))?, TcpListener::bind(any(OCTETS))?)))
             .with_context(|| format!("cannot listen in {}", pod.name()))?;
-        socket.set_nonblocking(true)?;
-        setsockopt(&socket, sockopt::RcvBuf, &(1 << 20)).context("cannot lengthen a queue")?;
-        std::thread::spawn(move || {
-            // Where it cannot be pinned, it is not: the ratios are noisier then.
-            let _ = arms::pin();
-            for stream in listener.incoming().flatten() {
-                // A client that went away in the middle says so itself.
-                let _ = swallow(stream);
-            }
-        });
-        Ok(Self(socket))
+        datagrams.set_nonblocking(true)?;
+        setsockopt(&datagrams, sockopt::RcvBuf, &(1 << 20)).context("cannot lengthen a queue")?;
+        Ok(Self { datagrams, octets })
     }
 
     fn receive(&self) -> Result<SocketAddr> {
         let end = Instant::now() + PATIENCE;
         let mut data = [0; 64];
         loop {
-            match self.0.recv_from(&mut data) {
+            match self.datagrams.recv_from(&mut data) {
                 Ok((_, from)) => return Ok(from),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     ensure!(Instant::now() < end, "a datagram did not arrive within {PATIENCE:?}");
@@ -86,7 +83,7 @@ pub fn datagrams(way: &Way<'_>) -> Result<Took> {
     let mut data = [0; 64];
     socket.send(&data)?;
     let from = way.sink.receive().with_context(|| way.name.clone())?;
-    way.sink.0.send_to(&data, from)?;
+    way.sink.datagrams.send_to(&data, from)?;
     socket.recv(&mut data).with_context(|| format!("{}: no answer", way.name))?;
     arms::rest();
     arms::timed(|| {
@@ -105,33 +102,36 @@ pub fn datagrams(way: &Way<'_>) -> Result<Took> {
 /// Sends a batch of octets by one connection that has found its pace.
 pub fn octets(way: &Way<'_>) -> Result<Took> {
     way.place.enter()?;
-    let mut stream = TcpStream::connect(SocketAddr::V4(way.octets)).with_context(|| way.name.clone())?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    let chunk = vec![0; 128 << 10];
+    let mut from = TcpStream::connect(SocketAddr::V4(way.octets)).with_context(|| way.name.clone())?;
+    let (mut to, _) = way.sink.octets.accept().with_context(|| way.name.clone())?;
+    from.set_nonblocking(true)?;
+    to.set_nonblocking(true)?;
+    let mut buffer = vec![0; CHUNK];
     let mut send = |octets: usize| {
-        for _ in 0..octets / chunk.len() {
-            stream.write_all(&chunk)?;
+        let end = Instant::now() + PATIENCE * 10;
+        let (mut left, mut under_way) = (octets, 0);
+        while left > 0 || under_way > 0 {
+            let sent = ready(from.write(&buffer[..CHUNK.min(left)]))?;
+            left -= sent;
+            under_way += sent;
+            let mut taken = 0;
+            while let more @ 1.. = ready(to.read(&mut buffer))? {
+                taken += more;
+            }
+            under_way -= taken;
+            ensure!(sent + taken > 0 || Instant::now() < end, "{}: not all arrived", way.name);
         }
-        let mut done = [0];
-        stream.read_exact(&mut done).with_context(|| format!("{}: not all arrived", way.name))
+        Ok(())
     };
     send(OCTET_WARM_UP)?;
     arms::rest();
     arms::timed(|| send(OCTET_BATCH))
 }
 
-/// Takes what [`octets`] sends, and says so with an octet each time.
-fn swallow(mut stream: TcpStream) -> std::io::Result<()> {
-    let mut chunk = vec![0; 128 << 10];
-    for octets in [OCTET_WARM_UP, OCTET_BATCH] {
-        let mut left = octets;
-        while left > 0 {
-            match stream.read(&mut chunk)? {
-                0 => return Ok(()),
-                length => left = left.saturating_sub(length),
-            }
-        }
-        stream.write_all(&[1])?;
+/// How many octets a socket took or had; none where it would have to wait.
+fn ready(result: std::io::Result<usize>) -> Result<usize> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+        other => Ok(other?),
     }
-    Ok(())
 }
