@@ -397,44 +397,35 @@ fn arithmetic(instruction: &bpf_insn, is_wide: bool, a: u64, b: u64) -> u64 {
             (bits, _) => panic!("{bits} bits"),
         };
     }
-    if is_wide {
-        return match operation {
-            0x00 => a.wrapping_add(b),
-            0x10 => a.wrapping_sub(b),
-            0x20 => a.wrapping_mul(b),
-            0x30 => a.checked_div(b).unwrap_or(0),
-            0x40 => a | b,
-            0x50 => a & b,
-            0x60 => a << (b & 63),
-            0x70 => a >> (b & 63),
-            0x80 => a.wrapping_neg(),
-            0x90 => a.checked_rem(b).unwrap_or(a),
-            0xa0 => a ^ b,
-            0xb0 => b,
-            _ => ((a as i64) >> (b & 63)) as u64,
-        };
-    }
-    let (a, b) = (a as u32, b as u32);
-    u64::from(match operation {
+    // What has 32 bits is done in 64, on operands and to a result whose upper half is 0.
+    let cut = |value: u64| if is_wide { value } else { u64::from(value as u32) };
+    let (a, b) = (cut(a), cut(b));
+    let shift = b & if is_wide { 63 } else { 31 };
+    cut(match operation {
         0x00 => a.wrapping_add(b),
         0x10 => a.wrapping_sub(b),
         0x20 => a.wrapping_mul(b),
         0x30 => a.checked_div(b).unwrap_or(0),
         0x40 => a | b,
         0x50 => a & b,
-        0x60 => a << (b & 31),
-        0x70 => a >> (b & 31),
+        0x60 => a << shift,
+        0x70 => a >> shift,
         0x80 => a.wrapping_neg(),
         0x90 => a.checked_rem(b).unwrap_or(a),
         0xa0 => a ^ b,
         0xb0 => b,
-        _ => ((a as i32) >> (b & 31)) as u32,
+        _ => (signed(a, is_wide) >> shift) as u64,
     })
+}
+
+/// As a number with a sign, of 64 or of 32 bits.
+fn signed(value: u64, is_wide: bool) -> i64 {
+    if is_wide { value as i64 } else { i64::from(value as i32) }
 }
 
 fn compares(operation: u8, is_wide: bool, a: u64, b: u64) -> bool {
     let (a, b) = if is_wide { (a, b) } else { (u64::from(a as u32), u64::from(b as u32)) };
-    let signed = |value: u64| if is_wide { value as i64 } else { i64::from(value as i32) };
+    let signed = |value| signed(value, is_wide);
     match operation {
         0x10 => a == b,
         0x20 => a > b,
