@@ -1,14 +1,12 @@
 //! What connect gets, beside what a first datagram gets: the same, but for UDP to a port that a ClusterIP does not have.
 
-use kproxy::maps::Reconciler;
-use kproxy::maps::memory::Memory;
 use kproxy::model::NodeConfig;
-use kproxy::plan::{Tables, View};
+use kproxy::plan::View;
 use kproxy_common::{Protocol, Reason, SocketCall, SocketVerdict, socket_connection};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::decision::{CAPACITY, History, Stage, stage};
+use crate::decision::{History, Stage, stage};
 use crate::generate;
 use crate::opted_out::connection;
 use crate::runs;
@@ -26,8 +24,7 @@ proptest! {
 }
 
 fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
-    let reconciler = Reconciler::new(Tables::new(CAPACITY));
-    let mut history = History::over(config, reconciler, Memory::new(CAPACITY));
+    let mut history = History::in_memory(config);
     for (events, questions) in stages {
         let written = history.write(events);
         let view = View::new(&written.tables, written.config);

@@ -54,8 +54,7 @@ proptest! {
 }
 
 fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
-    let reconciler = Reconciler::new(Tables::new(CAPACITY));
-    let mut history = History::over(config, reconciler, Memory::new(CAPACITY));
+    let mut history = History::in_memory(config);
     let written: Vec<Written> = stages.iter().map(|(events, _)| history.write(events)).collect();
     let mut affinity = Affinity::default();
     let mut now = 1_000;
@@ -150,6 +149,13 @@ pub struct Written {
     pub config: Config,
     world: World,
     frontends: BTreeMap<FrontendKey, Frontend>,
+}
+
+impl History<Memory> {
+    /// An agent that starts on a node where nothing is.
+    pub fn in_memory(config: &NodeConfig) -> Self {
+        Self::over(config, Reconciler::new(Tables::new(CAPACITY)), Memory::new(CAPACITY))
+    }
 }
 
 impl<W: MapWriter> History<W> {

@@ -3,10 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use kproxy::maps::Reconciler;
-use kproxy::maps::memory::Memory;
 use kproxy::model::NodeConfig;
-use kproxy::plan::{Tables, View};
+use kproxy::plan::View;
 use kproxy_common::{
     Address, Client, ClientKind, Config, Connection, Reason, SocketCall, SocketRecords, SocketVerdict,
     socket_connection,
@@ -14,7 +12,7 @@ use kproxy_common::{
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::decision::{CAPACITY, History, Stage, stage};
+use crate::decision::{History, Stage, stage};
 use crate::generate;
 use crate::runs;
 use crate::verdict::Question;
@@ -32,8 +30,7 @@ proptest! {
 }
 
 fn check(config: &NodeConfig, stages: &[Stage]) -> Result<(), TestCaseError> {
-    let reconciler = Reconciler::new(Tables::new(CAPACITY));
-    let mut history = History::over(config, reconciler, Memory::new(CAPACITY));
+    let mut history = History::in_memory(config);
     for (events, questions) in stages {
         let written = history.write(events);
         let programs = Config { udp_timeout: 1, ..written.config };
