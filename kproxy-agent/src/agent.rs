@@ -405,6 +405,9 @@ impl Agent<'_> {
         let wanted = devices::hooked(&self.devices, &selection, &node_addresses);
         let all = self.devices.iter().map(|(index, device)| (*index, device.name.as_str()));
         self.attached.sweep(&wanted, all);
+        // Before the programs that need them: a new interface's first packet is masqueraded.
+        self.bridge_frames = BridgeFrames::read();
+        self.set_masks();
         let failed: BTreeMap<String, String> = self
             .attached
             .devices(&mut self.programs, &wanted)
@@ -421,8 +424,6 @@ impl Agent<'_> {
             self.attached.forget_earlier_parts();
         }
         self.failed_devices = failed;
-        self.bridge_frames = BridgeFrames::read();
-        self.set_masks();
     }
 
     /// Notices that somebody has set what netfilter sees of bridges: of that the kernel tells nobody.

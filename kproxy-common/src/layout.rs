@@ -67,8 +67,9 @@ pub mod map_names {
     pub const DROP_BUDGET: &str = "drop_budget";
     /// Memory-mapped array with one element, [`Config`](super::Config). Written by the agent.
     pub const CONFIG: &str = "config";
-    /// Hash, interface index (u32) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent. A
-    /// miss: clients are not masked there, their packets are dropped.
+    /// Hash, [`DeviceKey`](super::DeviceKey) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent,
+    /// inserting and deleting only: what changes is inserted under the other copy before it is deleted. A miss under
+    /// both: clients are not masked there, their packets are dropped.
     pub const DEVICE: &str = "device";
     /// Hash, SO_NETNS_COOKIE of a pod's network namespace (u64) to [`OptedOut`](super::OptedOut). Written by the agent,
     /// inserting and deleting only. A miss: the socket hooks serve the pod.
@@ -815,6 +816,17 @@ impl Config {
     };
 }
 
+/// Key of `device`. An interface has one copy, and both for a moment while what is known of it changes: readers ask for
+/// copy 0 first, then for copy 1, and find the old or the new.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct DeviceKey {
+    /// The interface's index.
+    pub interface: u32,
+    /// 0 or 1.
+    pub copy: u32,
+}
+
 /// Value of `device`: the addresses that clients are masked with on an interface; unspecified where it has none
 /// of a family. And for which families its clients share a bridge with this node's pods whose frames pass netfilter
 /// by: 1 where they do, so that they are masked.
@@ -889,6 +901,7 @@ const _: () = {
     assert!(size_of::<Counters>() == 16);
     assert!(size_of::<ServiceInfo>() == 224);
     assert!(size_of::<Config>() == 40 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<DeviceKey>() == 8);
     assert!(size_of::<DeviceAddresses>() == 40);
     assert!(size_of::<OptedOut>() == 40);
     assert!(size_of::<Owner>() == 96);

@@ -28,9 +28,9 @@ pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath}
 pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
-    DeviceAddresses, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode,
-    NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry, ServiceIdentity,
-    ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
+    DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location,
+    MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry,
+    ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,

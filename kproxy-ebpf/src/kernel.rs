@@ -7,8 +7,8 @@ use aya_ebpf::{
 };
 use kproxy_common::{
     Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
-    FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Protocol, Role,
-    ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    DeviceAddresses, DeviceKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook,
+    PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
 use crate::{
@@ -232,16 +232,14 @@ impl FlowTables for Kernel {
 
     #[inline(always)]
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address> {
-        // SAFETY: elements of this map are never replaced, and not reused within a grace period.
-        let addresses = unsafe { maps::DEVICE.get(device) }?;
+        let addresses = addresses_of(device)?;
         let address = if like.is_v4() { addresses.v4 } else { addresses.v6 };
         (!address.is_unspecified()).then_some(address)
     }
 
     #[inline(always)]
     fn shares_bridge(&self, device: u32, like: &Address) -> bool {
-        // SAFETY: as for `mask_address`.
-        let Some(addresses) = (unsafe { maps::DEVICE.get(device) }) else {
+        let Some(addresses) = addresses_of(device) else {
             return false;
         };
         let bridged = if like.is_v4() { addresses.bridged_v4 } else { addresses.bridged_v6 };
@@ -324,6 +322,14 @@ impl Scratch {
         packet.write_key(hook, &mut scratch.key);
         Some(scratch)
     }
+}
+
+/// What is known of an interface. The order of the two is [`DeviceKey`]'s.
+#[inline(always)]
+fn addresses_of(interface: u32) -> Option<&'static DeviceAddresses> {
+    // SAFETY: elements of this map are never replaced, and not reused within a grace period.
+    let copy = |copy| unsafe { maps::DEVICE.get(&DeviceKey { interface, copy }) };
+    copy(0).or_else(|| copy(1))
 }
 
 /// A function of its own, so that a socket program pays for it only where somebody is opted out.

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
-    DeviceAddresses, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
+    DeviceAddresses, DeviceKey, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
     FragmentPorts, FrontendKey, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo,
     SocketRecords,
 };
@@ -115,8 +115,9 @@ pub static REFUSAL: PerCpuArray<[u64; 32], 1> = PerCpuArray::new();
 // Filled by the agent before it attaches; see `kproxy_common::PACKET_PARTS`.
 #[btf_map(name = "programs")]
 pub static PROGRAMS: ProgramArray<{ PACKET_PARTS.len() }> = ProgramArray::new();
+// Of 4,096 interfaces, each of which has two while it changes.
 #[btf_map(name = "device")]
-pub static DEVICE: HashMap<u32, DeviceAddresses, 4_096> = HashMap::new();
+pub static DEVICE: HashMap<DeviceKey, DeviceAddresses, 8_192> = HashMap::new();
 #[btf_map(name = "opted_out")]
 pub static OPTED_OUT: HashMap<u64, OptedOut, 1_024> = HashMap::new();
 #[btf_map(name = "owner")]

@@ -7,12 +7,13 @@ use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
-use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
+use kproxy_lab::{BurstSpec, Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
 
 use crate::Scenario;
 use crate::cluster::{
     Client, Cluster, SILENCE, Steps, TARGET, Transport, eventually, frontend, packet_programs, service_view,
 };
+use crate::dumps::dump;
 use crate::objects::{Service, cluster_ip};
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -20,6 +21,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::devices_are_chosen", chosen),
     ("kproxy::devices_are_attached_at_once", at_once),
     ("kproxy::devices_carry_others_programs", others),
+    ("kproxy::clients_are_masqueraded_while_addresses_change", addresses_change),
     ("kproxy::a_cluster_ip_on_an_interface_is_left_alone", local_address),
 ];
 
@@ -84,6 +86,39 @@ fn comes_and_goes(cluster: &mut Cluster, web: &Service) -> Result<()> {
     drop((client, _server));
     node.remove_pod(pod)?;
     eventually("no pins of the interface", || Ok((pinned(&node, index)? == 0).then_some(())))
+}
+
+/// The programs read the addresses that clients are masqueraded with while the agent changes them. A first packet that
+/// met neither the old nor the new ones would be dropped, and its client wait a second.
+fn addresses_change(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| {
+        lab.node(NodeSpec::new("node-a", 1, &["a1"]).cni(Cni::Vxlan))
+            .node(NodeSpec::new("node-b", 2, &["b1"]).cni(Cni::Vxlan))
+            .client("client")
+    })?;
+    let web = Service::new("web", 10).tcp(80, TARGET).node_port(30_080).pods(&[lab.pod("b1")?]);
+    let cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
+    let _server = cluster.servers(&["b1"])?;
+    let node = cluster.node("node-a")?;
+    let worker = cluster.lab.host("client")?.worker()?;
+    let to = SocketAddr::new(node.ip(Family::V4), 30_080);
+    // Shorter than a second: after that a SYN that was dropped is sent again.
+    let burst = worker.burst_start(BurstSpec::new(to).concurrency(4).timeout_ms(900))?;
+    // Its clients are IPv4 ones; what is known of the interface changes all the same.
+    let address = "2001:db8:9::9/64";
+    for _ in 0..20 {
+        for (action, is_there) in [("add", true), ("del", false)] {
+            node.ip_command(&format!("address {action} {address} dev vxlan0"))?;
+            eventually("the programs know it", || {
+                let text: String = dump(node, "device")?.split_whitespace().collect();
+                Ok((text.contains("[32,1,13,184,0,9,") == is_there).then_some(()))
+            })?;
+        }
+    }
+    let report = worker.burst_stop(burst)?;
+    ensure!(report.ok > 500, "a burst of {report:?} proves nothing");
+    ensure!(report.failures() == 0, "connections that were made meanwhile: {report:?}");
+    Ok(())
 }
 
 /// `--devices` and `--exclude-devices`; an agent that is started with others takes its own off.

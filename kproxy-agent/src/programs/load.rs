@@ -4,13 +4,14 @@ use std::{
     collections::BTreeMap,
     fs, io,
     net::IpAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{HashMap, ProgramArray},
+    maps::{Map, ProgramArray},
     programs::{Program, ProgramError, ProgramFd},
 };
 use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, Reason, map_names as names};
@@ -18,7 +19,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::pins::Pins;
 use crate::{
-    maps::kernel::{Carry, MapError},
+    maps::kernel::{Carry, DeviceMap, MapError},
     pretend::{Feature, lacks},
 };
 
@@ -136,20 +137,15 @@ pub struct DeviceMask {
     pub bridged_v6: bool,
 }
 
-/// The size of a value of `device`.
-const DEVICE: usize = size_of::<DeviceAddresses>();
-
-impl DeviceMask {
-    /// As it lies in the map: see [`DeviceAddresses`].
-    fn to_bytes(self) -> [u8; DEVICE] {
-        let Self { v4, v6, bridged_v4, bridged_v6 } = self;
-        let octets = |address: Option<IpAddr>, none: Address| address.map_or(none, Address::from).octets();
-        let mut bytes = [0; DEVICE];
-        bytes[..16].copy_from_slice(&octets(v4, Address::UNSPECIFIED_V4));
-        bytes[16..32].copy_from_slice(&octets(v6, Address::UNSPECIFIED));
-        bytes[32..36].copy_from_slice(&u32::from(bridged_v4).to_ne_bytes());
-        bytes[36..].copy_from_slice(&u32::from(bridged_v6).to_ne_bytes());
-        bytes
+impl From<DeviceMask> for DeviceAddresses {
+    fn from(mask: DeviceMask) -> Self {
+        let DeviceMask { v4, v6, bridged_v4, bridged_v6 } = mask;
+        Self {
+            v4: v4.map_or(Address::UNSPECIFIED_V4, Address::from),
+            v6: v6.map_or(Address::UNSPECIFIED, Address::from),
+            bridged_v4: bridged_v4.into(),
+            bridged_v6: bridged_v6.into(),
+        }
     }
 }
 
@@ -158,6 +154,8 @@ pub struct Programs {
     pub(super) ebpf: Ebpf,
     /// `None`: the maps are not pinned.
     pins: Option<Pins>,
+    /// Opened when it is first written.
+    devices: Option<DeviceMap>,
 }
 
 impl Programs {
@@ -216,29 +214,24 @@ impl Programs {
         map.pin(pin).with_context(|| format!("cannot pin the parts of the programs at {}", pin.display()))
     }
 
-    /// Makes `device` say this for each interface. An element that must change is deleted first: programs may be
-    /// reading it.
+    /// Makes `device` say this for each interface, see [`DeviceMap::write`].
     pub fn masks(&mut self, wanted: &BTreeMap<u32, DeviceMask>) -> Result<()> {
-        let map = self.ebpf.map_mut(names::DEVICE).context("the map device is missing from this binary")?;
-        let mut map: HashMap<_, u32, [u8; DEVICE]> = HashMap::try_from(map)?;
-        let wanted: BTreeMap<u32, [u8; DEVICE]> =
-            wanted.iter().map(|(index, mask)| (*index, mask.to_bytes())).collect();
-        let present: BTreeMap<u32, [u8; DEVICE]> = map.iter().collect::<Result<_, _>>()?;
-        let mut deleted = false;
-        for (index, bytes) in &present {
-            if wanted.get(index) != Some(bytes) {
-                map.remove(index)?;
-                deleted = true;
-            }
+        let wanted = wanted.iter().map(|(index, mask)| (*index, DeviceAddresses::from(*mask))).collect();
+        if self.devices.is_none() {
+            self.devices = Some(self.device_map()?);
         }
-        let mut missing = wanted.iter().filter(|(index, bytes)| present.get(index) != Some(bytes)).peekable();
-        if deleted && missing.peek().is_some() {
-            crate::maps::grace_period()?;
+        match &mut self.devices {
+            Some(devices) => Ok(devices.write(&wanted)?),
+            None => Ok(()),
         }
-        for (index, bytes) in missing {
-            map.insert(index, bytes, 0)?;
-        }
-        Ok(())
+    }
+
+    /// The map `device` of these programs.
+    pub fn device_map(&self) -> Result<DeviceMap> {
+        let Some(Map::HashMap(map)) = self.ebpf.map(names::DEVICE) else {
+            anyhow::bail!("the map device is missing from this binary");
+        };
+        Ok(DeviceMap::from_fd(map.fd().as_fd().try_clone_to_owned()?)?)
     }
 
     /// Each program with the instructions that the kernel holds of it and those that its verifier walked.
@@ -301,7 +294,7 @@ fn load(
         loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;
     }
     join_parts(&mut ebpf)?;
-    Ok(Programs { ebpf, pins })
+    Ok(Programs { ebpf, pins, devices: None })
 }
 
 /// Puts the parts of the packet programs where the others go on in them.

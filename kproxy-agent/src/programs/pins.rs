@@ -161,8 +161,8 @@ fn replaced(root: &Path, capacities: &Capacities) -> BTreeSet<&'static str> {
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
         Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses,
-        DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, OptedOut, Owner,
-        ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
+        DeviceKey, DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
+        OptedOut, Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
         names::FRONTEND => (size_of::<FrontendKey>(), 4),
@@ -182,7 +182,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::DROP_LISTENER => (4, size_of::<DropListener>()),
         names::DROP_BUDGET => (4, size_of::<DropBudget>()),
         names::CONFIG => (4, size_of::<Config>()),
-        names::DEVICE => (4, size_of::<DeviceAddresses>()),
+        names::DEVICE => (size_of::<DeviceKey>(), size_of::<DeviceAddresses>()),
         names::OPTED_OUT => (8, size_of::<OptedOut>()),
         names::OWNER => (4, size_of::<Owner>()),
         _ => return None,

@@ -2,16 +2,18 @@
 //! no wrong connection when there is none left.
 
 use std::{
-    collections::BTreeSet,
-    net::{SocketAddr, UdpSocket},
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
-use kproxy_common::{PacketVerdict, Protocol, Reason};
+use kproxy_common::{DeviceAddresses, PacketVerdict, Protocol, Reason};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
     frame::{ACK, Frame, Link, RST, SYN},
-    world::{At, Device, ROOM, World, in_world},
+    world::{Action, At, Device, ROOM, World, in_world},
 };
 
 /// The only ports there are.
@@ -145,6 +147,58 @@ fn a_mask_goes_with_its_flow() {
             assert_eq!(pass(At::Out(Device::Pod), client, backend, SYN).source(), client);
         }
         world.compare_flows();
+    });
+}
+
+/// Clients ask while the addresses that they are masqueraded with change: each is, with the old or the new.
+#[test]
+fn clients_are_masqueraded_while_addresses_change() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        let family = Family::V4;
+        let addresses = [Who::Node, Who::NodeAside].map(|who| DeviceAddresses {
+            v4: who.ip(family).into(),
+            v6: who.ip(Family::V6).into(),
+            bridged_v4: 0,
+            bridged_v6: 0,
+        });
+        let (mut map, index) = (world.device_map(), world.index(Device::Uplink));
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut changes = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    map.write(&[(index, addresses[changes % 2])].into()).expect("it is written");
+                    changes += 1;
+                }
+                changes
+            });
+            let ports = Ports::of(Protocol::Udp);
+            let frontend = Who::Node.at(family, ports.node_port(1));
+            let end = Instant::now() + Duration::from_secs(2);
+            let mut seen = BTreeMap::<IpAddr, usize>::new();
+            let mut clients = (1..=200).flat_map(|host| (1_024..=u16::MAX).map(move |port| (host, port)));
+            while Instant::now() < end {
+                let (host, port) = clients.next().expect("there are millions");
+                let client = Who::Client(host).at(family, port);
+                let packet = Frame::of(Protocol::Udp, Link::Ethernet, client, frontend, SYN);
+                let sent = world.run(At::In(Device::Uplink), Link::Ethernet, &packet.bytes());
+                assert_eq!(sent.action, Action::Next);
+                let packet = packet.with_destination(Who::There(1).at(family, ports.target));
+                let sent = world.run(At::Out(Device::Uplink), Link::Ethernet, &packet.bytes());
+                // Towards one backend there are not so many ports: some are dropped for that reason.
+                if sent.action == Action::Next {
+                    let sent = Frame::read(Link::Ethernet, &sent.bytes).expect("it is a packet still");
+                    *seen.entry(sent.source().ip()).or_default() += 1;
+                }
+            }
+            is_over.store(true, Ordering::Relaxed);
+            let changes = writer.join().expect("it does not panic");
+            let counted = world.newly_counted();
+            println!("{changes} changes, masqueraded: {seen:?}, {counted:?}");
+            assert!(counted.iter().all(|(reason, _)| *reason != Reason::NoMaskAddress), "{counted:?}");
+            assert!(changes > 20 && seen.len() == 2, "{changes} changes, {seen:?}");
+        });
     });
 }
 

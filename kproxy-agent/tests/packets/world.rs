@@ -16,7 +16,7 @@ use kproxy::{
     flows::{Keeper, Serving, Step},
     maps::{
         Reconciler,
-        kernel::{FlowMaps, FlowTable, KernelMaps},
+        kernel::{DeviceMap, FlowMaps, FlowTable, KernelMaps},
         memory::{FlowView, Flows},
     },
     model::{Change, Model, NodeConfig, parse},
@@ -229,6 +229,11 @@ impl World {
     pub fn use_mask_ports(&mut self, (first, count): (u16, u16)) {
         (self.config.mask_ports_first, self.config.mask_ports_count) = (first.into(), count.into());
         self.maps.write_config(&self.config).expect("the configuration is written");
+    }
+
+    /// The map `device`, for another thread to write.
+    pub fn device_map(&self) -> DeviceMap {
+        self.programs.device_map().expect("the map is in the object")
     }
 
     /// An interface of this namespace has this address, and sockets can have it.

@@ -1,8 +1,8 @@
 //! What the maps must look like: opening a pin checks nothing.
 
 use kproxy_common::{
-    Address, AddressEntry, Backend, Config, Counters, DropListener, Flow, FlowKey, FrontendKey, OptedOut,
-    Owner, Reason, ServiceEntry, ServiceInfo, SourceRangeKey, map_names,
+    Address, AddressEntry, Backend, Config, Counters, DeviceAddresses, DeviceKey, DropListener, Flow,
+    FlowKey, FrontendKey, OptedOut, Owner, Reason, ServiceEntry, ServiceInfo, SourceRangeKey, map_names,
 };
 
 use crate::{
@@ -82,6 +82,7 @@ fn expected(map: &str) -> Option<MapAttributes> {
         map_names::DROP_EVENT => (kind::RINGBUF, 0, 0, 0),
         map_names::DROP_LISTENER => mapped(size_of::<DropListener>()),
         map_names::CONFIG => mapped(size_of::<Config>()),
+        map_names::DEVICE => hash(size_of::<DeviceKey>(), size_of::<DeviceAddresses>()),
         map_names::OPTED_OUT => hash(8, size_of::<OptedOut>()),
         map_names::OWNER => array(size_of::<Owner>()),
         _ => return None,
