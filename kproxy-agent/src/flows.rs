@@ -7,7 +7,7 @@ pub mod sizes;
 
 use std::time::Duration;
 
-use kproxy_common::{Conversation, Flow, FlowKey, FlowState, Protocol, Role};
+use kproxy_common::{Conversation, Flow, FlowKey, FlowState, Protocol, Role, elapsed, is_before};
 
 pub use self::{
     keeper::{Keeper, Step},
@@ -53,7 +53,9 @@ impl Progress {
     /// As this and another entry of the same flow tell: as far as either direction has come, and as lately used.
     pub fn and(self, other: &Flow) -> Self {
         let state = if rank(other.state) > rank(self.state) { other.state } else { self.state };
-        Self { state, last_seen: self.last_seen.max(other.last_seen), ..self }
+        let is_older = is_before(self.last_seen, other.last_seen);
+        let last_seen = if is_older { other.last_seen } else { self.last_seen };
+        Self { state, last_seen, ..self }
     }
 
     /// How far the flow has come.
@@ -64,7 +66,7 @@ impl Progress {
     /// How long ago the last packet was noted, by the programs' clock (nanoseconds since boot). Packets are noted
     /// about once a second.
     pub fn idle(&self, now: u64) -> Duration {
-        Duration::from_nanos(now.saturating_sub(self.last_seen))
+        Duration::from_nanos(elapsed(now, self.last_seen))
     }
 
     /// Whether it has idled for as long as it may. Where this says no of a single entry, it is no for its flow.

@@ -6,7 +6,7 @@
 
 use crate::{
     Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
-    Protocol, Reason, ServiceIdentity, Side,
+    Protocol, Reason, ServiceIdentity, Side, elapsed,
 };
 
 /// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
@@ -296,7 +296,7 @@ fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityK
     }
     let timeout = u64::from(identity.affinity_timeout()) * 1_000_000_000;
     if value.service == service
-        && now.saturating_sub(value.last_used) <= timeout
+        && elapsed(now, value.last_used) <= timeout
         && let Some(block) = tables.block(balance.number)
     {
         let wanted = Wanted {

@@ -3,7 +3,7 @@
 //! Programs look at one word; unless it says that somebody listens, a drop costs nothing more. A listener moves that
 //! word ahead of the clock again and again, so that one that was killed is forgotten within seconds.
 
-use crate::{Address, PacketMeta, Reason};
+use crate::{Address, PacketMeta, Reason, elapsed};
 
 /// How many events a CPU writes in a second, and at once: more would cost the node what the drops do not.
 pub const DROPS_PER_SECOND: u64 = 500;
@@ -34,7 +34,7 @@ impl DropBudget {
     /// Takes a token, if there is one at `now` (nanoseconds since boot). Whether there was.
     #[inline(always)]
     pub fn take(&mut self, now: u64) -> bool {
-        let elapsed = now.saturating_sub(self.refilled);
+        let elapsed = elapsed(now, self.refilled);
         if elapsed >= SECOND {
             self.refilled = now;
             self.tokens = DROPS_PER_SECOND;

@@ -8,6 +8,7 @@
 
 mod address;
 mod arrival;
+mod clock;
 mod crc32c;
 mod decision;
 mod drops;
@@ -19,6 +20,7 @@ mod socket;
 
 pub use address::{Address, Cidr};
 pub use arrival::{client_of, is_masked};
+pub use clock::{elapsed, is_before};
 pub use crc32c::crc32c_change;
 pub use decision::{
     AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,

@@ -3,7 +3,7 @@
 
 use crate::{
     Address, Choice, Client, ClientKind, Connection, Options, Protocol, Reason, Resolution, Tables, choose,
-    resolve, still_serves,
+    elapsed, resolve, still_serves,
 };
 
 /// How many services one socket can speak to before the oldest record moves to `socket_overflow`.
@@ -294,7 +294,7 @@ fn is_opted_out<T: Tables>(tables: &T, client: &Client) -> bool {
 #[inline(always)]
 fn continued<T: Tables>(tables: &T, number: u32, record: &mut SocketRecord) -> Option<SocketRecord> {
     let now = tables.now();
-    if now.saturating_sub(record.last_used) > tables.config()?.udp_timeout {
+    if elapsed(now, record.last_used) > tables.config()?.udp_timeout {
         return None;
     }
     let slot = still_serves(

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use k8s_openapi::jiff::Timestamp;
-use kproxy_common::{Address, DROPS_PER_SECOND, DropEvent, Protocol};
+use kproxy_common::{Address, DROPS_PER_SECOND, DropEvent, Protocol, elapsed};
 use serde::Serialize;
 
 use super::{is_broken_pipe, print};
@@ -129,7 +129,7 @@ fn interface(index: u32) -> String {
 
 /// From the programs' clock to the people's.
 fn wall_time(since_boot: u64) -> Result<String> {
-    let ago = Duration::from_nanos(now()?.saturating_sub(since_boot));
+    let ago = Duration::from_nanos(elapsed(now()?, since_boot));
     let then = SystemTime::now() - ago;
     let time = Timestamp::try_from(then).context("the clock is out of range")?;
     Ok(format!("{time:.3}"))

@@ -96,6 +96,42 @@ fn an_opening_that_is_repeated_lives_no_longer() {
     });
 }
 
+/// Also by a packet that comes after more time than this machine has been up, the agent being dead: what lies before the
+/// boot is not taken for what is still to come.
+#[test]
+fn a_packet_is_noted_whatever_the_uptime() {
+    const LONG: Duration = Duration::from_secs(400 * 86_400);
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::Here(1)])]);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let ports = Ports::of(protocol);
+            let (client, frontend, backend) = (
+                Who::Client(1).at(Family::V4, 20_000),
+                Who::Node.at(Family::V4, ports.node_port(1)),
+                Who::Here(1).at(Family::V4, ports.target),
+            );
+            let (inward, outward) = (At::In(Device::Uplink), At::Out(Device::Uplink));
+            let pass = |world: &mut World, at, from, to, flags| {
+                world.meet(at, Link::Ethernet, &Frame::of(protocol, Link::Ethernet, from, to, flags)).0
+            };
+            pass(world, inward, client, frontend, SYN);
+            pass(world, outward, backend, client, SYN | ACK);
+            pass(world, inward, client, frontend, ACK);
+            world.let_pass(LONG);
+            world.compare_ages();
+            pass(world, inward, client, frontend, ACK);
+            pass(world, outward, backend, client, ACK);
+            world.compare_ages();
+            world.sweep();
+            assert!(!is_empty(world), "{protocol:?}: both ends have just been heard");
+            world.let_pass(LONG);
+            world.sweep();
+            assert!(is_empty(world), "{protocol:?}: nothing was heard for 400 days");
+            world.forget();
+        }
+    });
+}
+
 /// However long it idled before: its last packets are still to come.
 #[test]
 fn a_connection_that_is_over_is_kept_for_stragglers() {

@@ -25,8 +25,8 @@ use kproxy::{
 };
 use kproxy_common::{
     Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict,
-    MAX_CIDRS, PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, follow_fragment, map_names,
-    on_egress, on_icmp, on_ingress, on_other_protocol,
+    MAX_CIDRS, PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, elapsed, follow_fragment,
+    map_names, on_egress, on_icmp, on_ingress, on_other_protocol,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -454,7 +454,8 @@ impl World {
         map.iter().map(|entry| entry.expect("it can be read")).map(flow_of).collect()
     }
 
-    /// So much time passes, in which no packet comes: all that was noted is so much older.
+    /// So much time passes, in which no packet comes: all that was noted is so much older, however short the machine
+    /// has been up.
     pub fn let_pass(&mut self, time: Duration) {
         for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
             let map = self.programs.object().map_mut(map).expect("the map is in the object");
@@ -463,7 +464,7 @@ impl World {
                 map.iter().collect::<Result<_, _>>().expect("it can be read");
             for (key, mut flow) in entries {
                 let (_, Flow { last_seen, .. }) = flow_of((key, flow));
-                let earlier = last_seen - time.as_nanos() as u64;
+                let earlier = last_seen.wrapping_sub(time.as_nanos() as u64);
                 flow[offset_of!(Flow, last_seen)..].copy_from_slice(&earlier.to_ne_bytes());
                 map.insert(key, flow, 0).expect("it is there");
             }
@@ -511,7 +512,7 @@ impl World {
             self.host.established().into_iter().chain(self.host.transient()).collect();
         for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
             for (key, flow) in self.entries(map) {
-                let (age, host_age) = (now - flow.last_seen, host_now - host[&key].last_seen);
+                let (age, host_age) = (elapsed(now, flow.last_seen), elapsed(host_now, host[&key].last_seen));
                 assert!(age.abs_diff(host_age) < 10_000_000_000, "{key:?}: {age}, on the host {host_age}");
             }
         }

@@ -1,7 +1,7 @@
 //! Fragments, which have ports in the first of them only, and packets that have none at all.
 
 use super::{FlowTables, PacketMeta, PacketVerdict, in_service_cidr};
-use crate::{Address, AddressKind, Hook, Reason, Tables};
+use crate::{Address, AddressKind, Hook, Reason, Tables, elapsed};
 
 /// How long a first fragment speaks for later ones, in nanoseconds: as long as Linux waits for the rest of a datagram
 /// (`ipfrag_time`).
@@ -80,7 +80,7 @@ pub fn follow_fragment<T: FlowTables>(
         return None;
     }
     if let Some(first) = tables.fragment(&key)
-        && now.saturating_sub(first.seen) <= FRAGMENT_TIMEOUT
+        && elapsed(now, first.seen) <= FRAGMENT_TIMEOUT
     {
         packet.source_port = first.source_port;
         packet.destination_port = first.destination_port;

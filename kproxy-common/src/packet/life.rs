@@ -1,7 +1,7 @@
 //! How flows come to be established, and end.
 
 use super::{FlowTables, Hit, PacketMeta, TcpFlags};
-use crate::{Conversation, FlowState, Hook, Protocol, Role};
+use crate::{Conversation, FlowState, Hook, Protocol, Role, elapsed};
 
 /// How often a flow's last packet is noted: a store a second instead of one a packet.
 const NOTE_EVERY: u64 = 1_000_000_000;
@@ -83,7 +83,7 @@ pub(super) fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook
 #[inline(always)]
 pub(super) fn note<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, flow: &Hit) {
     let now = tables.now();
-    if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
+    if elapsed(now, flow.last_seen) >= NOTE_EVERY {
         tables.note(packet, hook, flow.state, now);
     }
 }
@@ -98,7 +98,7 @@ pub(super) fn note_unanswered<T: FlowTables>(tables: &T, packet: &PacketMeta, ho
         return;
     }
     let now = tables.now();
-    if now.saturating_sub(flow.last_seen) >= NOTE_EVERY {
+    if elapsed(now, flow.last_seen) >= NOTE_EVERY {
         tables.note_transient(packet, hook, now);
     }
 }
