@@ -7,6 +7,7 @@
 mod attach;
 mod load;
 mod pins;
+mod refusal;
 mod sockets;
 mod sys;
 
@@ -16,5 +17,6 @@ pub use load::{
     has_set_retval, has_tcx, pinned_maps,
 };
 pub use pins::remove_next;
+pub use refusal::{Refusal, cut};
 pub use sockets::SocketIterator;
 pub use sys::namespace_cookie;

@@ -12,7 +12,7 @@ use crate::{
     cli::{CheckArgs, Common},
     maps::kernel::probe_batches,
     node::{cgroup_root, demand_capabilities},
-    programs::{self, Capacities, Programs, has_set_retval, has_tcx, namespace_cookie},
+    programs::{self, Capacities, LoadError, Programs, has_set_retval, has_tcx, namespace_cookie},
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
@@ -36,6 +36,19 @@ struct Finding {
 struct Report {
     checks: Vec<Finding>,
     programs: Vec<ProgramSize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused: Option<Refused>,
+}
+
+/// A program that the kernel refused.
+#[derive(Serialize)]
+struct Refused {
+    program: String,
+    /// All that its verifier said.
+    log: String,
+    /// The last of it, and how many lines are before: for people.
+    #[serde(skip)]
+    last_lines: (Vec<String>, usize),
 }
 
 /// What a program costs to load.
@@ -56,7 +69,8 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
     let asked = |check: &'static str, ask: fn() -> Finding| {
         if may_ask { ask() } else { finding(check, Status::Warning, "not told without these capabilities") }
     };
-    let (loads, programs) = if may_ask { loads() } else { (asked("programs", tcx), Vec::new()) };
+    let (loads, programs, refused) =
+        if may_ask { loads() } else { (asked("programs", tcx), Vec::new(), None) };
     let checks = vec![
         privileges,
         bpffs(&common.bpf_root),
@@ -74,7 +88,7 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         node::forwarding(),
     ];
     let failed = checks.iter().filter(|finding| finding.status == Status::Failed).count();
-    print::print(&Report { checks, programs }, args.output, text)?;
+    print::print(&Report { checks, programs, refused }, args.output, text)?;
     if failed > 0 {
         bail!("this node cannot run kproxy: {failed} of the checks above failed");
     }
@@ -94,7 +108,19 @@ fn text(report: &Report, wide: bool) -> String {
             vec![finding.check.to_owned(), status.to_owned(), finding.detail.clone()]
         })
         .collect();
-    let checks = print::table(&["CHECK", "STATUS", "DETAIL"], &rows);
+    let mut checks = print::table(&["CHECK", "STATUS", "DETAIL"], &rows);
+    if let Some(Refused { program, last_lines: (lines, before), .. }) = &report.refused
+        && !lines.is_empty()
+    {
+        checks.push_str(&format!("\nThe verifier about {program}"));
+        if *before > 0 {
+            checks.push_str(&format!(", the last lines ({before} before them: --output json)"));
+        }
+        checks.push_str(":\n");
+        for line in lines {
+            checks.push_str(&format!("  {line}\n"));
+        }
+    }
     if !wide || report.programs.is_empty() {
         return checks;
     }
@@ -136,8 +162,9 @@ fn cgroup(given: Option<&Path>) -> Finding {
     )
 }
 
-fn loads() -> (Finding, Vec<ProgramSize>) {
+fn loads() -> (Finding, Vec<ProgramSize>, Option<Refused>) {
     let loaded = Programs::load_unpinned(&Capacities::SMALL).map(|programs| programs.sizes());
+    let refused = loaded.as_ref().err().and_then(refused);
     let programs = loaded.iter().flatten().map(|(name, instructions, verified)| ProgramSize {
         name: name.clone(),
         instructions: *instructions,
@@ -156,7 +183,15 @@ fn loads() -> (Finding, Vec<ProgramSize>) {
             None => format!("all {} accepted", sizes.len()),
         }
     });
-    (from_result("programs", result.map_err(anyhow::Error::from)), programs)
+    (from_result("programs", result.map_err(anyhow::Error::from)), programs, refused)
+}
+
+fn refused(error: &LoadError) -> Option<Refused> {
+    let LoadError::Program { name, refusal } = error else {
+        return None;
+    };
+    let (log, last_lines) = (refusal.log().to_owned(), refusal.last_lines());
+    Some(Refused { program: name.clone(), log, last_lines })
 }
 
 fn set_retval() -> Finding {

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use crate::cli::OutputFormat;
+use crate::{cli::OutputFormat, programs::cut};
 
 /// Prints `value` as JSON or YAML, or what `table` makes of it for people.
 pub fn print<T: Serialize>(
@@ -22,15 +22,26 @@ pub fn print<T: Serialize>(
     Ok(())
 }
 
-/// Columns as wide as their widest cell, three blanks between, none at the ends of lines.
+/// What is longer is cut: nobody reads it in a column. JSON and YAML have all.
+const CELL: usize = 400;
+
+/// Columns as wide as their widest cell, three blanks between, none at the ends of lines. A cell is one line, and cut
+/// where it is very long.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|text| cell(text)).collect()).collect();
     let mut columns = Columns::new(header);
-    columns.fit(rows);
+    columns.fit(&rows);
     let mut out = columns.line(header.iter().copied());
-    for row in rows {
+    for row in &rows {
         out.push_str(&columns.line(row.iter().map(String::as_str)));
     }
     out
+}
+
+/// What stands in a table for this text.
+fn cell(text: &str) -> String {
+    let text = cut(text, CELL);
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The widths of a table's columns, for one that is printed in parts.
@@ -48,7 +59,7 @@ impl Columns {
     pub fn fit(&mut self, rows: &[Vec<String>]) {
         for row in rows {
             for (width, cell) in self.widths.iter_mut().zip(row) {
-                *width = (*width).max(cell.chars().count());
+                *width = (*width).max(cell.chars().count().min(CELL));
             }
         }
     }
@@ -67,7 +78,36 @@ impl Columns {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Texts around every length at which something could give way: none, a cell's, what a width can be.
+    fn text() -> impl Strategy<Value = String> {
+        let length = prop_oneof![0..20_usize, CELL - 2..CELL + 3, 65_533..65_540_usize, Just(300_000)];
+        let piece = prop_oneof![Just("x"), Just("é"), Just("\n"), Just("\u{1b}"), Just("a b\t")];
+        (length, piece).prop_map(|(length, piece)| piece.repeat(length))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_table_can_be_printed_of_any_texts(
+            rows in proptest::collection::vec(proptest::collection::vec(text(), 0..5), 0..4),
+        ) {
+            let printed = table(&["A", "B", "C"], &rows);
+            prop_assert_eq!(printed.lines().count(), rows.len() + 1);
+            prop_assert!(printed.lines().all(|line| line.chars().count() <= 3 * (CELL + 4)));
+            prop_assert!(printed.chars().all(|c| c == '\n' || !c.is_control()));
+            // The same by lines, as tables are printed that have no end.
+            let mut columns = Columns::new(&["A", "B", "C"]);
+            for row in &rows {
+                columns.fit(std::slice::from_ref(row));
+                columns.line(row.iter().map(String::as_str));
+            }
+        }
+    }
 
     #[test]
     fn columns_line_up() {

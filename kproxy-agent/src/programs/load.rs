@@ -17,7 +17,7 @@ use aya::{
 use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, Reason, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::pins::Pins;
+use super::{pins::Pins, refusal::Refusal};
 use crate::{
     maps::kernel::{Carry, DeviceMap, MapError},
     pretend::{Feature, lacks},
@@ -112,13 +112,19 @@ pub enum LoadError {
     #[error("the kernel refused kproxy's maps: {0}; `kproxy check` says what this kernel lacks")]
     Maps(#[source] Box<aya::EbpfError>),
     /// The kernel refused a program.
-    #[error("the kernel refused the program {name}: {source}; `kproxy check` says what this kernel lacks")]
+    #[error("the kernel refused the program {name}: {refusal}; `kproxy check` says what this kernel lacks")]
     Program {
         /// The program.
         name: String,
-        /// The verifier's words.
-        source: Box<ProgramError>,
+        /// What it said.
+        refusal: Box<Refusal>,
     },
+}
+
+impl LoadError {
+    fn program(name: &str, error: ProgramError) -> Self {
+        Self::Program { name: name.to_owned(), refusal: Box::new(error.into()) }
+    }
 }
 
 /// What the program that lists connected sockets iterates over.
@@ -282,7 +288,7 @@ fn load(
                 let loaded = Btf::from_sys_fs()
                     .map_err(Into::into)
                     .and_then(|btf| program.load(SOCKET_ITERATOR, &btf));
-                if let Err(error) = loaded {
+                if let Err(error) = loaded.map_err(Refusal::from) {
                     tracing::warn!(
                         "UDP clients whose backend is gone are not told so: the kernel refused the program {name}: {error}"
                     );
@@ -291,7 +297,7 @@ fn load(
             }
             _ => continue,
         };
-        loaded.map_err(|error| LoadError::Program { name: name.to_owned(), source: Box::new(error) })?;
+        loaded.map_err(|error| LoadError::program(name, error))?;
     }
     join_parts(&mut ebpf)?;
     Ok(Programs { ebpf, pins, devices: None })
@@ -300,15 +306,13 @@ fn load(
 /// Puts the parts of the packet programs where the others go on in them.
 fn join_parts(ebpf: &mut Ebpf) -> Result<(), LoadError> {
     let failed = |error: aya::maps::MapError| LoadError::Maps(Box::new(error.into()));
-    let not_loaded =
-        |name: &str, error| LoadError::Program { name: name.to_owned(), source: Box::new(error) };
-    let missing = |name: &str| not_loaded(name, ProgramError::NotLoaded);
+    let missing = |name: &str| LoadError::program(name, ProgramError::NotLoaded);
     let part = |name: &&str| {
         let Some(Program::SchedClassifier(program)) = ebpf.program(name) else {
             return Err(missing(name));
         };
-        let fd = program.fd().map_err(|error| not_loaded(name, error))?;
-        fd.try_clone().map_err(|error| not_loaded(name, error.into()))
+        let fd = program.fd().map_err(|error| LoadError::program(name, error))?;
+        fd.try_clone().map_err(|error| LoadError::program(name, error.into()))
     };
     let parts: Vec<ProgramFd> = PACKET_PARTS.iter().map(part).collect::<Result<_, _>>()?;
     let map = ebpf.map_mut(names::PROGRAMS).ok_or_else(|| missing(names::PROGRAMS))?;

@@ -23,6 +23,7 @@ mod property;
 mod quotations;
 mod refusals;
 mod seldom;
+mod signatures;
 mod table;
 mod verifier;
 mod world;

@@ -25,7 +25,7 @@ fn every_program_loads_in_every_configuration() {
     ];
     for (name, capacities, features) in configurations {
         let programs = Programs::load_unpinned_for(&capacities, &features)
-            .unwrap_or_else(|error| panic!("{name}: {error}: {:?}", std::error::Error::source(&error)));
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
         for (program, held, walked) in programs.sizes() {
             // Since 5.16; a kernel that does not tell has still accepted the program.
             let walked = walked.unwrap_or(0);

@@ -2,8 +2,8 @@
 
 use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, life, mask};
 use crate::{
-    Backend, Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose,
-    client_of, is_masked, resolve,
+    Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose, client_of,
+    is_masked, resolve,
 };
 
 /// A packet that comes in by the interface `device`, behind which clients of this kind live.
@@ -125,14 +125,13 @@ fn open<T: FlowTables>(
     let Some(config) = tables.config() else {
         return Decision::pass(Reason::NotAService);
     };
-    let Some(Choice { backend, slot }) =
-        choose(tables, balance, &connection.client, packet.hash(config.hash_seed))
-    else {
+    let Some(choice) = choose(tables, balance, &connection.client, packet.hash(config.hash_seed)) else {
         return Decision::drop(Reason::TableError);
     };
-    let is_masked = is_masked(&balance.side, &backend, behind_device, &packet.source)
+    let backend = &choice.backend;
+    let is_masked = is_masked(&balance.side, backend, behind_device, &packet.source)
         || backend.is_local() && tables.shares_bridge(device, &packet.source);
-    let inner_port = begin(tables, packet, &backend, balance.number, slot, is_masked);
+    let inner_port = begin(tables, packet, &choice, balance.number, is_masked);
     if inner_port == 0 {
         return Decision::drop(Reason::MaskPortsExhausted);
     }
@@ -166,16 +165,17 @@ pub(super) fn objection(packet: &PacketMeta) -> Reason {
 
 /// Enters a new flow; the client's inner port, or 0 if there was none left. A function of its own, as are others that
 /// change the tables: its stack is then not needed at the same time as its callers'. Their signatures hold no enums
-/// with data, which BTF has no form for.
+/// with data, which BTF has no form for, and no more than five parameters: since Linux 7 the verifier counts those that
+/// BTF names, also `tables`, which has no size and is never passed.
 #[inline(never)]
 fn begin<T: FlowTables>(
     tables: &T,
     packet: &PacketMeta,
-    backend: &Backend,
+    choice: &Choice,
     number: u32,
-    slot: u32,
     is_masked: bool,
 ) -> u32 {
+    let backend = &choice.backend;
     let inner_port = tables.with_new(|flow| {
         flow.client = packet.source;
         flow.frontend = packet.destination;
@@ -190,7 +190,7 @@ fn begin<T: FlowTables>(
         flow.state = FlowState::Opening;
         flow.number = number;
         flow.service = backend.service();
-        flow.slot = slot;
+        flow.slot = choice.slot;
         flow.last_seen = tables.now();
         if !tables.put_new(flow, Role::Reply) {
             if is_own(tables, flow) {
