@@ -88,6 +88,11 @@ struct Matched {
 pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
     let tables = ground.tables();
     let place = ground.place(query);
+    let mut answer = Answer::new(query, client_of(&tables, place.behind, &query.from), &place);
+    // What a socket asks for; no packet of anyone else's is addressed like this.
+    let asked = query.to;
+    let is_socket = place.behind != ClientKind::Outside;
+    let query = &Query { to: if is_socket { asked.or_loopback() } else { asked }, ..*query };
     let kind = client_of(&tables, place.behind, &query.from);
     let client = Client { kind, address: query.from, netns_cookie: 0 };
     let connection = Connection { client, destination: query.to, port: query.port, protocol: query.protocol };
@@ -100,7 +105,6 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
     };
     let matched = number.and_then(|number| matched(ground, &tables, query, kind, number));
     let subject = rule::Subject { ground, tables: &tables, query, kind };
-    let mut answer = Answer::new(query, kind, &place);
     if let Some(matched) = &matched {
         answer.service = Some(service_name(ground, query, matched));
         answer.frontend = Some(rule::frontend(matched));
@@ -139,6 +143,9 @@ pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
         }
     }
     answer.rule = rule::sentence(&subject, matched.as_ref(), verdict, reason);
+    if asked != query.to {
+        answer.rule = format!("{asked} means {} to a socket; {}", query.to, answer.rule);
+    }
     ground.check()?;
     Ok(answer)
 }
@@ -251,9 +258,8 @@ fn service_name(ground: &impl Ground, query: &Query, matched: &Matched) -> Strin
     // A NodePort's own number is not the port's: another frontend of the same port has that.
     let number = ground.frontends().into_iter().find_map(|(key, number)| {
         let info = ground.info(number)?;
-        let is_it = key.protocol() == query.protocol
-            && !key.address().is_unspecified()
-            && info.name() == matched.info.name();
+        let is_it =
+            key.protocol() == query.protocol && !key.is_node_port() && info.name() == matched.info.name();
         is_it.then(|| key.port())
     });
     format!("{service}:{}", number.unwrap_or(query.port))

@@ -236,8 +236,9 @@ impl Known {
                 prop_assert!(usize::from(port.in_sets) <= port.backends.len());
                 for frontend in &port.frontends {
                     prop_assert!(frontends.insert(frontend.key), "{:?} has two owners", frontend.key);
-                    let is_any = frontend.key.address().is_unspecified();
-                    prop_assert_eq!(is_any, frontend.kind == FrontendKind::NodePort);
+                    let is_node_port = frontend.key.is_node_port();
+                    prop_assert_eq!(is_node_port, frontend.kind == FrontendKind::NodePort);
+                    prop_assert_eq!(frontend.key.address().is_unspecified(), is_node_port);
                     let family = frontend.key.address().is_v4();
                     prop_assert!(port.backends.iter().all(|backend| backend.address.is_v4() == family));
                     for side in [&frontend.inside, &frontend.outside] {

@@ -11,9 +11,9 @@ pub struct Address {
 }
 
 impl Address {
-    /// `::`, which as a frontend's address stands for "any of this node's IPv6 addresses".
+    /// `::`. As a destination it is the client's own loopback address: see [`Address::or_loopback`].
     pub const UNSPECIFIED: Self = Self { octets: [0; 16] };
-    /// `::ffff:0.0.0.0`, which as a frontend's address stands for "any of this node's IPv4 addresses".
+    /// `0.0.0.0`, in its mapped form.
     pub const UNSPECIFIED_V4: Self = Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0] };
 
     /// From octets in network order.
@@ -101,6 +101,28 @@ impl Address {
     pub fn any_of_family(&self) -> Self {
         // Of words: a constant is copied from memory, octet by octet.
         Self::from_words([0, 0, if self.is_v4() { 0xffff_u32.to_be() } else { 0 }, 0])
+    }
+
+    /// Where a socket goes that is asked to go here: to its own loopback address, of the same family, instead of
+    /// the unspecified one (Linux: `ip_route_output_key_hash_rcu`, `tcp_v6_connect`, `udpv6_sendmsg`). The kernel
+    /// replaces it after the socket hooks ran. A socket that is bound to an IPv4 address goes there instead, which
+    /// hooks are not told.
+    ///
+    /// Without a branch: one would double what the verifier walks of the programs that go on from here.
+    #[inline(always)]
+    pub fn or_loopback(&self) -> Self {
+        let [a, b, c, d] = self.words();
+        let mapped = 0xffff_u32.to_be();
+        // Of 32 bits, and 0 if the address is unspecified: of two factors one is 0 if their product is.
+        let differs = u64::from(a | b | d) | (u64::from(c) * u64::from(c ^ mapped));
+        let differs = (differs | differs >> 32) & u64::from(u32::MAX);
+        // SAFETY: a valid place. Volatile, or the compiler knows better and branches.
+        let differs = unsafe { core::ptr::read_volatile(&raw const differs) };
+        let is_unspecified = (differs.wrapping_sub(1) as i64 >> 63) as u32;
+        // All bits if mapped, else none.
+        let is_v4 = c | c.rotate_left(16);
+        let last = 1_u32.to_be() | is_v4 & 0x7f00_0000_u32.to_be();
+        Self::from_words([a, b, c, d | last & is_unspecified])
     }
 
     /// Whether this is the unspecified address of its family.
@@ -229,6 +251,20 @@ mod tests {
             ("10.127.0.1", false),
         ] {
             assert_eq!(address(text).is_loopback(), is, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_unspecified_destination_is_loopback() {
+        for (asked, gone) in [
+            ("0.0.0.0", "127.0.0.1"),
+            ("::ffff:0.0.0.0", "127.0.0.1"),
+            ("::", "::1"),
+            ("::1", "::1"),
+            ("10.0.0.1", "10.0.0.1"),
+            ("::ffff:0:0:0", "::ffff:0:0:0"),
+        ] {
+            assert_eq!(address(asked).or_loopback(), address(gone), "{asked}");
         }
     }
 

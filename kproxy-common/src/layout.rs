@@ -6,7 +6,7 @@
 use crate::{Address, Cidr};
 
 /// The version of everything in this module; stored in the `owner` map and compared before maps are adopted.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// The names of the maps, which are the names of their pins below the bpffs folder.
 pub mod map_names {
@@ -247,28 +247,45 @@ wire_enum! {
     }
 }
 
+wire_enum! {
+    /// For which addresses a frontend's key stands. No client can name [`FrontendScope::NodePort`]: a
+    /// process that connects to `0.0.0.0` names that address, not the NodePorts.
+    FrontendScope {
+        /// The key's own.
+        Address = 0,
+        /// All addresses of this node that answer NodePorts, in the family of the key's address.
+        NodePort = 1,
+    }
+}
+
 /// Key of `frontend`: where a Service listens. NodePorts stand under the unspecified address of their
-/// family, since the node's addresses change without the Service knowing.
+/// family, in a scope of their own, since the node's addresses change without the Service knowing.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FrontendKey {
     address: Address,
     port: u16,
     protocol: Protocol,
-    _pad: u8,
+    scope: FrontendScope,
 }
 
 impl FrontendKey {
     /// The frontend at `address` and `port` (host order).
     #[inline(always)]
     pub const fn new(address: Address, port: u16, protocol: Protocol) -> Self {
-        Self { address, port, protocol, _pad: 0 }
+        Self { address, port, protocol, scope: FrontendScope::Address }
     }
 
     /// The NodePort `port` (host order) on all addresses of this node in the family of `of_family`.
     #[inline(always)]
     pub fn node_port(of_family: &Address, port: u16, protocol: Protocol) -> Self {
-        Self::new(of_family.any_of_family(), port, protocol)
+        Self { address: of_family.any_of_family(), port, protocol, scope: FrontendScope::NodePort }
+    }
+
+    /// Whether it is a NodePort, on all addresses of this node that answer those.
+    #[inline(always)]
+    pub const fn is_node_port(&self) -> bool {
+        matches!(self.scope, FrontendScope::NodePort)
     }
 
     /// The address; unspecified for NodePorts.
@@ -295,6 +312,7 @@ impl FrontendKey {
         bytes[..16].copy_from_slice(&self.address.octets());
         bytes[16..18].copy_from_slice(&self.port.to_ne_bytes());
         bytes[18] = self.protocol as u8;
+        bytes[19] = self.scope as u8;
         bytes
     }
 
@@ -303,7 +321,12 @@ impl FrontendKey {
         let mut octets = [0; 16];
         octets.copy_from_slice(&bytes[..16]);
         let port = u16::from_ne_bytes([bytes[16], bytes[17]]);
-        Ok(Self::new(Address::new(octets), port, Protocol::try_from(bytes[18])?))
+        Ok(Self {
+            address: Address::new(octets),
+            port,
+            protocol: Protocol::try_from(bytes[18])?,
+            scope: FrontendScope::try_from(bytes[19])?,
+        })
     }
 }
 
@@ -947,6 +970,10 @@ mod tests {
     fn bytes_come_back() {
         let key = FrontendKey::new(Address::from_v4_word(0x0100_600a), 8_080, Protocol::Sctp);
         assert_eq!(FrontendKey::from_bytes(&key.to_bytes()), Ok(key));
+        let node_port = FrontendKey::node_port(&key.address(), 30_080, Protocol::Tcp);
+        assert_eq!(FrontendKey::from_bytes(&node_port.to_bytes()), Ok(node_port));
+        let spelled = FrontendKey::new(node_port.address(), 30_080, Protocol::Tcp);
+        assert_ne!(spelled, node_port, "a client that names the address does not name the NodePort");
         let backend = Backend::new(Address::UNSPECIFIED, 9, Location::Local, BackendState::Terminating, 4, 2);
         assert_eq!(Backend::from_bytes(&backend.to_bytes()), Ok(backend));
     }

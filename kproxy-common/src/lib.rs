@@ -30,8 +30,8 @@ pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath}
 pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
-    DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, InvalidLayout, LAYOUT_VERSION, Location,
-    MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry,
+    DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope, InvalidLayout, LAYOUT_VERSION,
+    Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry,
     ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
 };
 pub use packet::{

@@ -13,7 +13,7 @@ pub const SOCKET_RECORDS: usize = 8;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketRecord {
-    /// What the process asked for.
+    /// What the process asked for; loopback where it asked for the unspecified address.
     pub service_address: Address,
     /// Where it was sent.
     pub backend_address: Address,
@@ -226,6 +226,8 @@ const LEFT_TO_PACKETS: SocketVerdict = SocketVerdict::Leave { reason: Reason::Le
 /// A connection that must be *dropped* is left untouched here: the packet hook on the way drops it, so that
 /// the process sees what it would see with any other proxy, a timeout. So is, whatever is to become of it, what a
 /// client opens that is opted out: its packets are served. A flow that began before goes on.
+///
+/// An unspecified destination is the client's own loopback address, which the kernel makes of it after this.
 #[inline(always)]
 pub fn socket_connection<T: Tables>(
     tables: &T,
@@ -233,6 +235,7 @@ pub fn socket_connection<T: Tables>(
     call: SocketCall<'_>,
     pick: impl FnOnce() -> u32,
 ) -> SocketVerdict {
+    let connection = &Connection { destination: connection.destination.or_loopback(), ..*connection };
     let balance = match resolve(tables, connection) {
         Resolution::Balance(balance) => balance,
         Resolution::Pass { reason, number } => return SocketVerdict::Leave { reason, number },

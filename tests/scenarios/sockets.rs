@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use kproxy_lab::{
     Answer, Cni, Context, EchoServer, ElbSpec, Family, Lab, NodeSpec, SERVICES_V4, SERVICES_V6, Worker,
-    wait_until,
+    WorkerError, wait_until,
 };
 use nix::errno::Errno;
 
@@ -22,6 +22,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::sockets_are_refused_or_left_alone", refusals),
     ("kproxy::udp_sockets_speak_to_many", udp_sockets),
     ("kproxy::flags_of_addresses", flags),
+    ("kproxy::unspecified_addresses_are_the_clients_own", unspecified),
 ];
 
 const NODE_PORT: u16 = 30_080;
@@ -410,4 +411,104 @@ fn flags(ctx: &Context) -> Result<()> {
         refused(host.worker.tcp_connect(local), Errno::ECONNREFUSED)
     });
     steps.done()
+}
+
+/// `0.0.0.0`, `::` and `::ffff:0.0.0.0`, with the address that the kernel makes of each.
+const UNSPECIFIED: [(&str, &str); 3] =
+    [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::ffff:0.0.0.0", "::ffff:127.0.0.1")];
+
+/// A client that asks an unspecified address asks its own loopback address.
+fn unspecified(ctx: &Context) -> Result<()> {
+    let lab = lab(ctx)?;
+    let web = web(&lab)?.pods(&[lab.pod("a2")?]);
+    let mut cluster = Cluster::start(lab, &["node-a"], &[], [&web])?;
+    let _servers = cluster.servers(&["a2"])?;
+    let (pod, host) = (cluster.pod("a1")?, cluster.host("node-a")?);
+    let mut steps = Steps::new();
+    for flag in [None, Some("--disable-loopback-nodeports")] {
+        if let Some(flag) = flag {
+            cluster.start_agents(&["node-a"], &[flag])?;
+        }
+        for (asked, shown) in UNSPECIFIED {
+            let [asked, shown]: [IpAddr; 2] = [asked.parse()?, shown.parse()?];
+            for transport in Transport::ALL {
+                let of = |who: &str| format!("{who} to {asked}, {transport:?}, {flag:?}");
+                let to = SocketAddr::new(asked, NODE_PORT);
+                let ask = |client: &crate::cluster::Client| {
+                    ask_shown(&client.worker, transport, to, SocketAddr::new(shown, NODE_PORT))
+                };
+                steps.step(&of("pod, nobody listens"), || refused_somehow(ask(&pod)));
+                steps.step(&of("pod, it listens itself"), || {
+                    let own = cluster.lab.pod("a1")?.echo(NODE_PORT)?;
+                    let answer = ask(&pod)?;
+                    drop(own);
+                    ensure!(answer.server == "a1", "hijacked: {answer:?}");
+                    Ok(())
+                });
+                steps.step(&of("host"), || match flag {
+                    None => {
+                        let answer = ask(&host)?;
+                        ensure!(answer.server == "a2", "not the NodePort: {answer:?}");
+                        Ok(())
+                    }
+                    Some(_) => refused_somehow(ask(&host)),
+                });
+            }
+        }
+    }
+    steps.step("kproxy explain, on the node", || {
+        let own = cluster.lab.pod("a1")?.ip(Family::V4).to_string();
+        for (from, to, word) in [
+            (own.as_str(), "0.0.0.0", "client's own loopback"),
+            ("127.0.0.1", "0.0.0.0", "answers on loopback"),
+            ("::1", "[::]", "answers on loopback"),
+        ] {
+            let arguments = ["explain", "--from", from, "--to", &format!("{to}:{NODE_PORT}")];
+            let text = cluster.node("node-a")?.kproxy(&arguments)?.success()?;
+            ensure!(text.contains(word), "{from} to {to}: no {word:?} in\n{text}");
+        }
+        Ok(())
+    });
+    steps.done()
+}
+
+/// Asks an echo server once, on a new socket that must show `shown` as its other side.
+fn ask_shown(worker: &Worker, transport: Transport, to: SocketAddr, shown: SocketAddr) -> Result<Answer> {
+    if transport == Transport::Tcp {
+        let socket = worker.tcp_connect(to)?;
+        let peer = worker.getpeername(socket.id)?;
+        ensure!(peer == shown, "getpeername shows {peer}, not {shown}");
+        let answer = worker.tcp_ask(socket.id, "hello")?;
+        worker.close(socket.id)?;
+        return Ok(answer);
+    }
+    let socket = worker.udp_socket(family_of(to))?;
+    let result = (|| {
+        if transport == Transport::UdpConnected {
+            let peer = worker.udp_connect(socket.id, to)?.peer;
+            ensure!(peer == Some(shown), "getpeername shows {peer:?}, not {shown}");
+            worker.udp_send(socket.id, "hello")?;
+        } else {
+            worker.udp_send_to(socket.id, to, "hello")?;
+        }
+        let datagram = worker.udp_receive(socket.id, SECOND)?;
+        ensure!(datagram.from == shown, "{} answered, not {shown}", datagram.from);
+        Ok(serde_json::from_str(&datagram.data)?)
+    })();
+    worker.close(socket.id)?;
+    result
+}
+
+/// Nobody answers: by TCP, and where a UDP socket is connected, the own host refuses.
+fn refused_somehow(result: Result<Answer>) -> Result<()> {
+    let error = match result {
+        Ok(answer) => bail!("answered: {answer:?}"),
+        Err(error) => error,
+    };
+    let errno = error.downcast_ref::<WorkerError>().and_then(WorkerError::errno);
+    match errno {
+        // An unconnected socket is not told.
+        Some(Errno::ECONNREFUSED | Errno::EAGAIN) => Ok(()),
+        _ => Err(error),
+    }
 }

@@ -163,7 +163,7 @@ fn frontend(row: &Row<'_>, port_name: &str, backend: &impl Fn(u32) -> Option<Bac
     let timeout = entry.identity.affinity_timeout();
     Frontend {
         kind: frontend_kind(info.frontend_kind),
-        address: (!address.is_unspecified()).then(|| IpAddr::from(address)),
+        address: (!key.is_node_port()).then(|| IpAddr::from(address)),
         family: if address.is_v4() { "IPv4" } else { "IPv6" },
         port: key.port(),
         port_name: port_name.to_owned(),

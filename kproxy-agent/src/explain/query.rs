@@ -10,7 +10,7 @@ use serde_json::Value;
 pub struct Query {
     /// Who opens it.
     pub from: Address,
-    /// Where to.
+    /// Where to; the unspecified address is a socket's own loopback address.
     pub to: Address,
     /// The destination port, host order.
     pub port: u16,
@@ -53,9 +53,6 @@ impl Query {
         let query = Self { from: from.into(), to: to.ip().into(), port: to.port(), protocol };
         if query.from.is_unspecified() {
             return Err(QueryError(format!("from: {from} is nobody's address")));
-        }
-        if query.to.is_unspecified() {
-            return Err(QueryError(format!("to: {} is nobody's address", to.ip())));
         }
         if query.from.is_v4() != query.to.is_v4() {
             return Err(QueryError(format!("from {from} to {}: they are of different families", to.ip())));
@@ -108,6 +105,8 @@ mod tests {
         assert_eq!(query.to_string(), "10.244.1.7 -> 198.51.100.10:80/TCP");
         let query = Query::new("2001:db8::7", "[2001:db8::10]:53", Some("UDP")).unwrap();
         assert_eq!(query.to_string(), "2001:db8::7 -> [2001:db8::10]:53/UDP");
+        let own = Query::new("2001:db8::7", "[::]:53", None).unwrap();
+        assert_eq!(own.to_string(), "2001:db8::7 -> [::]:53/TCP");
         let mapped = Query::new("::ffff:10.0.0.1", "10.0.0.2:1", Some("sctp")).unwrap();
         assert_eq!(mapped.to_string(), "10.0.0.1 -> 10.0.0.2:1/SCTP");
     }
@@ -125,7 +124,6 @@ mod tests {
             ("10.0.0.1", "[2001:db8::1]:80", None, "different families"),
             ("fe80::1", "[fe80::2%3]:80", None, "zone"),
             ("0.0.0.0", "10.0.0.1:80", None, "nobody"),
-            ("10.0.0.1", "0.0.0.0:80", None, "nobody"),
             ("10.0.0.1", "10.0.0.1:80", Some("icmp"), "protocol: \"icmp\""),
         ] {
             let error = Query::new(from, to, protocol).unwrap_err().to_string();

@@ -22,7 +22,7 @@ pub(super) struct Subject<'a, G, T> {
 pub(super) fn frontend(matched: &Matched) -> String {
     let key = matched.info.frontend;
     let kind = kind_name(matched.kind());
-    if key.address().is_unspecified() {
+    if key.is_node_port() {
         return format!("{kind} {}/{}", key.port(), key.protocol());
     }
     format!("{kind} {}/{}", SocketAddr::new(key.address().into(), key.port()), key.protocol())
@@ -140,6 +140,9 @@ fn without_frontend<G: Ground, T: Tables>(subject: &Subject<'_, G, T>, reason: R
              service.kubernetes.io/service-proxy-name)"
         ),
         Reason::LocalAddress => stands_here(query),
+        Reason::NotAService if to.is_unspecified() => {
+            format!("{to} is no address of a machine: a packet that is sent to it reaches nobody")
+        }
         Reason::NotAService if to.is_loopback() => match kind {
             ClientKind::Host => format!("no NodePort {wanted} answers on loopback addresses"),
             _ => format!("{to} is the client's own loopback address"),

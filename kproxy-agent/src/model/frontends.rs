@@ -35,25 +35,24 @@ pub fn frontends(service: &Service, config: &NodeConfig) -> Frontends {
     }
     let mut all = Vec::new();
     for (at, port) in service.ports.iter().enumerate() {
-        let mut add = |address: Address, number: u16, kind, load_balancer| {
-            let key = FrontendKey::new(address, number, port.protocol);
-            all.push(Frontend { key, kind, port: at, load_balancer });
-        };
+        let mut add = |key, kind, load_balancer| all.push(Frontend { key, kind, port: at, load_balancer });
+        let exact = |address: &Address| FrontendKey::new(*address, port.port, port.protocol);
         for ip in &service.cluster_ips {
-            add(*ip, port.port, FrontendKind::ClusterIp, None);
+            add(exact(ip), FrontendKind::ClusterIp, None);
         }
         for load_balancer in &service.load_balancers {
             let kind = FrontendKind::LoadBalancer;
-            add(load_balancer.address, port.port, kind, Some(*load_balancer));
+            add(exact(&load_balancer.address), kind, Some(*load_balancer));
         }
         if !config.disable_external_ips {
             for ip in &service.external_ips {
-                add(*ip, port.port, FrontendKind::ExternalIp, None);
+                add(exact(ip), FrontendKind::ExternalIp, None);
             }
         }
         if let Some(node_port) = port.node_port {
             for family in &service.families {
-                add(family.unspecified(), node_port, FrontendKind::NodePort, None);
+                let key = FrontendKey::node_port(&family.unspecified(), node_port, port.protocol);
+                add(key, FrontendKind::NodePort, None);
             }
         }
     }

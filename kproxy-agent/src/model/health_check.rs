@@ -20,7 +20,8 @@ pub struct WantedHealthCheck {
 
 /// Where `service` wants to be asked for its health: the port of each of its families.
 pub fn health_check_keys(service: &Service) -> impl Iterator<Item = FrontendKey> {
-    let key = |(port, family): (u16, &Family)| FrontendKey::new(family.unspecified(), port, Protocol::Tcp);
+    let key =
+        |(port, family): (u16, &Family)| FrontendKey::node_port(&family.unspecified(), port, Protocol::Tcp);
     let families = service.families.iter();
     service
         .health_check_node_port

@@ -111,6 +111,8 @@ fn question() -> impl Strategy<Value = Question> {
         "2001:db8::1",
         "127.0.0.1",
         "::1",
+        "0.0.0.0",
+        "::",
         "10.96.0.77",
         "10.97.0.1",
         "8.8.8.8",
@@ -126,7 +128,7 @@ fn question() -> impl Strategy<Value = Question> {
     let protocol = prop_oneof![8 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)];
     (behind, clients, destinations, port, protocol).prop_map(
         |(behind, (v4, v6), destination, port, protocol)| {
-            let destination = parse::ip(destination).unwrap();
+            let destination = Address::from(destination.parse::<std::net::IpAddr>().unwrap());
             let client = parse::ip(if destination.is_v4() { v4 } else { v6 }).unwrap();
             Question { behind, client, destination, port, protocol }
         },
@@ -281,6 +283,13 @@ fn explained(
         let answer = explain::explain(&ground, &query).expect("memory can be read");
         let rules =
             if (behind, protocol) == (ClientKind::Host, Protocol::Sctp) { sent_unseen } else { verdict };
+        // What a socket asks of an unspecified address it asks of itself.
+        let asked = match (behind, destination.is_unspecified(), destination.is_v4()) {
+            (ClientKind::Outside, ..) | (_, false, _) => destination,
+            (_, true, true) => parse_loopback("127.0.0.1"),
+            (_, true, false) => parse_loopback("::1"),
+        };
+        let question = &Question { destination: asked, ..*question };
         let expected = rules(config, &written.world, &written.frontends, question);
         let (word, backends) = match expected {
             Verdict::Pass => ("pass", BTreeSet::new()),
@@ -306,6 +315,10 @@ fn explained(
         prop_assert!(!answer.rule.is_empty());
     }
     Ok(())
+}
+
+fn parse_loopback(text: &str) -> Address {
+    text.parse::<std::net::IpAddr>().unwrap().into()
 }
 
 /// Tables as planned, and a client of whom it is known where it is.

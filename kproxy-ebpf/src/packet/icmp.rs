@@ -148,6 +148,10 @@ fn quoted_v6(ctx: &TcContext, message: &mut Message, at: u32) -> Option<Quoted> 
     }
     message.meta.quoted.source = Address::from_words([header[2], header[3], header[4], header[5]]);
     message.meta.quoted.destination = Address::from_words([header[6], header[7], header[8], header[9]]);
+    // Those would name a flow of IPv4; see `Parsed::has_mapped_address`.
+    if message.meta.quoted.source.is_v4() || message.meta.quoted.destination.is_v4() {
+        return None;
+    }
     let mut protocol = (u32::from_be(header[1]) >> 8) as u8;
     let mut transport = at + IPV6_HEADER;
     let mut fragment = 0;

@@ -97,8 +97,7 @@ fn ipv4_with_leading_zeros(text: &str) -> Option<Ipv4Addr> {
     parts.next().is_none().then(|| Ipv4Addr::from(octets))
 }
 
-/// Addresses that mean no single host that a Service could be at. The unspecified ones, moreover, are the
-/// keys of NodePorts.
+/// Addresses that mean no single host that a Service could be at.
 fn unusable(address: &Address) -> Option<&'static str> {
     let ip = IpAddr::from(*address);
     if ip.is_unspecified() {
