@@ -6,6 +6,7 @@ mod conntrack;
 mod flows;
 mod health_checks;
 mod host;
+mod listeners;
 mod measures;
 mod surroundings;
 mod sync;
@@ -30,7 +31,7 @@ use crate::{
     events::Events,
     firewall,
     maps::kernel::{KernelMaps, OptedOutMap, owner_text},
-    model::{Change, Model, NodeConfig},
+    model::{Change, LocalAddresses, Model, NodeConfig, leftover_of},
     node::{self, Lock},
     opt_outs::OptOuts,
     programs::{Attached, Programs, has_tcx, namespace_cookie},
@@ -39,7 +40,7 @@ use crate::{
 use flows::FlowCare;
 use health_checks::HealthChecks;
 pub(crate) use host::net_sysctls;
-pub(crate) use surroundings::has_kube_ipvs0;
+use listeners::Listeners;
 use sync::Syncer;
 use telemetry::Telemetry;
 
@@ -70,7 +71,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
 
     let node_name = config::node_name(&args.node)?;
     // Wrong flags are told before anything is touched.
-    config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?;
+    config::model(&node_name, &args.node, &args.rules, LocalAddresses::default())?;
     config::programs(&args.node, &args.rules, 0, [0, 0], false, &[])?;
     telemetry::addresses(args)?;
     node::demand_capabilities()?;
@@ -132,6 +133,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         attached_as: Vec::new(),
         failed_devices: BTreeMap::new(),
         bridge_frames: BridgeFrames::read(),
+        listeners: Listeners::default(),
+        leftovers: BTreeSet::new(),
         flows: FlowCare::default(),
         opt_outs,
         some_opted_out,
@@ -148,6 +151,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         "starting: the maps hold {} frontends",
         agent.syncer.frontends()
     );
+    agent.tell_leftovers();
     let mut source = match &connection {
         Some(connection) => kubernetes::watch(connection, &node_name),
         None => manifests::follow(&args.source.manifests, &node_name),
@@ -167,6 +171,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
             },
             () = wait_until(timer) => agent.sync()?,
             _ = look_again.tick() => agent.look_at_bridges(),
+            () = wait_until_instant(agent.listeners.next_look()) => agent.look_at_listeners()?,
             () = wait_until_instant(agent.flows.next_step()) => agent.flows.step(agent.telemetry.metrics()),
             _ = stop.recv() => break,
             _ = interrupt.recv() => break,
@@ -194,6 +199,8 @@ struct Agent<'a> {
     attached_as: Vec<Address>,
     failed_devices: BTreeMap<String, String>,
     bridge_frames: BridgeFrames,
+    listeners: Listeners,
+    leftovers: BTreeSet<String>,
     flows: FlowCare,
     opt_outs: OptOuts,
     /// Whether the programs are to ask which pods are opted out.
@@ -242,6 +249,7 @@ impl Agent<'_> {
     fn on_devices(&mut self, devices: Devices) -> Result<()> {
         let before = local_addresses(&self.devices);
         self.devices = devices;
+        self.tell_leftovers();
         let now = local_addresses(&self.devices);
         if self.is_attached {
             self.attach_devices();
@@ -264,6 +272,9 @@ impl Agent<'_> {
             return Ok(());
         }
         let started = Instant::now();
+        if let Some(found) = self.listeners.follow(self.model.standing_cluster_ips()) {
+            self.model.apply(Change::Listeners(found));
+        }
         let mut update = self.model.recompute();
         let compute = started.elapsed();
         for problem in &update.new_problems {
@@ -444,6 +455,26 @@ impl Agent<'_> {
         }
     }
 
+    fn look_at_listeners(&mut self) -> Result<()> {
+        match self.listeners.look_again() {
+            Some(found) => {
+                self.model.apply(Change::Listeners(found));
+                self.sync()
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Interfaces of other proxies that came or went.
+    fn tell_leftovers(&mut self) {
+        let names = self.devices.values().map(|device| &device.name);
+        let now = names.filter(|name| leftover_of(name).is_some()).cloned().collect();
+        if self.leftovers != now {
+            surroundings::tell_leftovers(&self.events, &now);
+            self.leftovers = now;
+        }
+    }
+
     fn set_masks(&mut self) {
         let masks = devices::masks(&self.devices, self.bridge_frames, &self.node_addresses());
         if let Err(error) = self.programs.masks(&masks) {
@@ -474,8 +505,11 @@ async fn connect(args: &AgentArgs) -> Result<Option<kubernetes::Connection>> {
     Ok(Some(kubernetes::connect(&settings).await?))
 }
 
-fn local_addresses(devices: &Devices) -> BTreeSet<Address> {
-    devices::local_addresses(devices).into_iter().map(Address::from).collect()
+fn local_addresses(devices: &Devices) -> LocalAddresses {
+    let of =
+        |device: &devices::Device| device.addresses.iter().copied().map(Address::from).collect::<Vec<_>>();
+    let all = devices.values().flat_map(|device| of(device).into_iter().map(|ip| (ip, device.name.as_str())));
+    all.collect()
 }
 
 async fn wait_until(time: Option<SystemTime>) {

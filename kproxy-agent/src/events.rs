@@ -79,6 +79,8 @@ reasons! {
     DoesNotFit = "DoesNotFit", "Serve", Cluster;
     /// `loadBalancerSourceRanges` of an address in pass-through.
     SourceRangesNotEnforced = "SourceRangesNotEnforced", "Serve", Cluster;
+    /// An address in pass-through stands on an interface of the node, where what is sent to it ends.
+    PassThroughOnNode = "PassThroughOnNode", "Serve", Node;
     /// A Pod that is to be opted out of the socket hooks, and cannot be.
     CannotOptOut = "CannotOptOut", "Serve", Node;
     /// This node's maps have no room for it.
@@ -91,8 +93,8 @@ reasons! {
     ForwardPolicyDrop = "ForwardPolicyDrop", "StartKproxy", Node;
     /// Rules of a kube-proxy are on the node.
     KubeProxyLeftovers = "KubeProxyLeftovers", "StartKproxy", Node;
-    /// The interface that IPVS mode puts addresses on is there.
-    KubeIpvs0 = "KubeIpvs0", "StartKproxy", Node;
+    /// The interface is there that IPVS mode of kube-proxy puts addresses of Services on, or kube-router.
+    LeftoverInterface = "LeftoverInterface", "StartKproxy", Node;
     /// `/healthz` cannot be served; called as kube-proxy calls it.
     FailedToStartProxierHealthcheck = "FailedToStartProxierHealthcheck", "StartKproxy", Node;
     /// `/metrics` cannot be served; called as kube-proxy calls it.
@@ -112,6 +114,7 @@ impl From<ProblemKind> for EventReason {
             ProblemKind::ClaimedTwice => Self::FrontendClaimed,
             ProblemKind::DoesNotFit => Self::DoesNotFit,
             ProblemKind::SourceRangesNotEnforced => Self::SourceRangesNotEnforced,
+            ProblemKind::PassThroughOnNode => Self::PassThroughOnNode,
             ProblemKind::CannotOptOut => Self::CannotOptOut,
         }
     }

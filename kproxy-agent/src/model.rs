@@ -12,6 +12,7 @@ mod endpoint_sets;
 mod frontends;
 mod health_check;
 mod left_out;
+mod local_addresses;
 mod node;
 pub mod objects;
 pub mod parse;
@@ -22,6 +23,7 @@ pub use change::Change;
 pub use config::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope};
 pub use health_check::WantedHealthCheck;
 pub use left_out::LeftOut;
+pub use local_addresses::{LocalAddresses, leftover_of};
 pub use node::WantedNode;
 pub use problem::{ObjectKind, ObjectRef, Problem, ProblemKind};
 
@@ -46,7 +48,8 @@ pub struct Model {
     node: Node,
     /// The node's own addresses, out of `config` and `node`.
     node_addresses: Vec<Address>,
-    local_addresses: BTreeSet<Address>,
+    local_addresses: LocalAddresses,
+    listeners: Option<BTreeSet<FrontendKey>>,
     service_cidrs: BTreeMap<String, Vec<Cidr>>,
     services: HashMap<Arc<ServiceKey>, Entry>,
     /// By the slice's key, the Service that it belongs to.
@@ -99,7 +102,8 @@ impl Model {
     pub fn new(config: NodeConfig) -> Self {
         let node_addresses = node::own_addresses(&config, &Node::default());
         let local_addresses = config.local_addresses.clone();
-        Self { config, node_addresses, local_addresses, ..Self::default() }
+        let listeners = Some(BTreeSet::new());
+        Self { config, node_addresses, local_addresses, listeners, ..Self::default() }
     }
 
     /// Takes in what happened to one object.
@@ -133,12 +137,20 @@ impl Model {
             }
             Change::AllPods => self.current_opt_outs.is_complete = true,
             Change::LocalAddresses(addresses) => {
-                // Whose ClusterIP stands on an interface now, or no longer.
-                let came_or_went = self.local_addresses.symmetric_difference(&addresses);
-                let keys: Vec<_> =
-                    came_or_went.flat_map(|address| self.addresses.claimants(address)).cloned().collect();
-                self.affect(keys);
+                let changed = addresses.changed(&self.local_addresses);
+                self.affect_at(&changed);
                 self.local_addresses = addresses;
+            }
+            Change::Listeners(listeners) => {
+                let keys = |listeners: &Option<BTreeSet<FrontendKey>>| match listeners {
+                    Some(keys) => keys.iter().map(FrontendKey::address).collect(),
+                    None => self.standing_cluster_ips(),
+                };
+                let all: Vec<_> = keys(&self.listeners).union(&keys(&listeners)).copied().collect();
+                if self.listeners != listeners {
+                    self.affect_at(&all);
+                    self.listeners = listeners;
+                }
             }
         }
         false
@@ -200,7 +212,7 @@ impl Model {
     }
 
     /// The addresses on its interfaces, as far as they were told.
-    pub fn local_addresses(&self) -> &BTreeSet<Address> {
+    pub fn local_addresses(&self) -> &LocalAddresses {
         &self.local_addresses
     }
 
@@ -236,6 +248,12 @@ impl Model {
         service.ports.iter().find(is_it).map(|port| port.port)
     }
 
+    /// The ClusterIPs that stand on interfaces of this node, leftovers of other proxies aside: what processes listen on at
+    /// these is left to them.
+    pub fn standing_cluster_ips(&self) -> BTreeSet<Address> {
+        self.local_addresses.iter().filter(|address| self.addresses.is_claimed(address)).copied().collect()
+    }
+
     fn place(&self) -> Place<'_> {
         Place { node: &self.config.node_name, zone: self.node.zone.as_deref() }
     }
@@ -244,6 +262,22 @@ impl Model {
         for key in keys {
             if let Some(entry) = self.services.get_mut(&key) {
                 entry.affect(key, &mut self.affected);
+            }
+        }
+    }
+
+    /// Affects the Services that have one of `addresses` as their ClusterIP or their load balancer's.
+    fn affect_at(&mut self, addresses: &[Address]) {
+        // Of pods' interfaces come and go addresses that no Service has.
+        let addresses: Vec<_> = addresses.iter().filter(|address| !is_link_local(address)).collect();
+        if addresses.is_empty() {
+            return;
+        }
+        for (key, entry) in &mut self.services {
+            let Some(service) = &entry.service else { continue };
+            let load_balancers = service.load_balancers.iter().map(|load_balancer| &load_balancer.address);
+            if service.cluster_ips.iter().chain(load_balancers).any(|ip| addresses.contains(&ip)) {
+                entry.affect(Arc::clone(key), &mut self.affected);
             }
         }
     }
@@ -343,6 +377,7 @@ impl Model {
             place: Place { node: &self.config.node_name, zone: self.node.zone.as_deref() },
             node_addresses: &self.node_addresses,
             local_addresses: &self.local_addresses,
+            listeners: self.listeners.as_ref(),
             frontends: &self.frontends,
             addresses: &self.addresses,
         };
@@ -417,6 +452,10 @@ fn move_claims<K: Copy + Ord + std::hash::Hash>(
         let new = keys_after.iter().filter(|key| !is_same || keys_before.binary_search(key).is_err());
         new.for_each(|key| claims.add(*key, after.clone()));
     }
+}
+
+fn is_link_local(address: &Address) -> bool {
+    matches!(std::net::IpAddr::from(*address), std::net::IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 fn split<T>(parsed: Option<Parsed<T>>) -> (Option<T>, Vec<Problem>) {

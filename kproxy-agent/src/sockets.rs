@@ -7,6 +7,8 @@
 
 mod diag;
 
+pub use diag::listeners;
+
 use std::{
     collections::BTreeMap,
     io,

@@ -208,7 +208,7 @@ wire_enum! {
         Reject = 5,
         /// Dropped: the policy is Local and there is no endpoint on this node.
         Drop = 6,
-        /// Left alone, because the address stands on an interface of this node.
+        /// Left alone, because the address stands on an interface of this node, and a process listens there.
         LocalAddress = 7,
     }
 }
@@ -242,7 +242,7 @@ wire_enum! {
         NodePort = 2,
         /// The ClusterIP of a Service that another proxy serves: left alone.
         OtherProxy = 3,
-        /// A ClusterIP that stands on an interface of this node: left alone.
+        /// A ClusterIP that stands on an interface of this node: ports that the Service does not have are left alone.
         Local = 4,
     }
 }

@@ -227,6 +227,18 @@ pub fn frontend<'a>(service: &'a Value, address: IpAddr, port: u16, protocol: &s
     frontends.into_iter().find(is).with_context(|| format!("no {address}:{port}/{protocol} in {service:#}"))
 }
 
+/// A check of `kproxy check`, by its name: status and detail.
+pub fn check(node: &Node, name: &str) -> Result<(String, String)> {
+    let cgroup = node.cgroup_root().display().to_string();
+    let output = node.kproxy(&["check", "--cgroup-root", &cgroup, "-o", "json"])?.success()?;
+    let report: Value = serde_json::from_str(&output)?;
+    let checks = report["checks"].as_array().into_iter().flatten();
+    let found = checks.into_iter().find(|one| one["check"] == name);
+    let found = found.with_context(|| format!("no {name} in {report:#}"))?;
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    Ok((text("status"), text("detail")))
+}
+
 /// The file of a Service in the folder.
 pub fn file_name(service: &str) -> String {
     format!("{service}.yaml")

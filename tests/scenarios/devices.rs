@@ -10,9 +10,7 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use kproxy_lab::{BurstSpec, Cni, Context, Family, Lab, Node, NodeSpec, SERVICES_V4, SERVICES_V6, veth_name};
 
 use crate::Scenario;
-use crate::cluster::{
-    Client, Cluster, SILENCE, Steps, TARGET, Transport, eventually, frontend, packet_programs, service_view,
-};
+use crate::cluster::{Client, Cluster, SILENCE, Steps, TARGET, Transport, eventually, packet_programs};
 use crate::dumps::dump;
 use crate::objects::{Service, cluster_ip};
 
@@ -22,7 +20,6 @@ pub const SCENARIOS: &[Scenario] = &[
     ("kproxy::devices_are_attached_at_once", at_once),
     ("kproxy::devices_carry_others_programs", others),
     ("kproxy::clients_are_masqueraded_while_addresses_change", addresses_change),
-    ("kproxy::a_cluster_ip_on_an_interface_is_left_alone", local_address),
 ];
 
 fn lab(ctx: &Context, cni: Cni) -> Result<Lab> {
@@ -257,34 +254,6 @@ fn others(ctx: &Context) -> Result<()> {
         ensure!(names == ["empty", "decide"], "{names:?}");
         Ok(())
     });
-    steps.done()
-}
-
-/// As NodeLocal DNSCache does it; it comes and goes while the agent runs.
-fn local_address(ctx: &Context) -> Result<()> {
-    let lab = lab(ctx, Cni::RoutedVeth)?;
-    let dns = Service::new("dns", 10).tcp(53, TARGET).udp(53, TARGET).pods(&[lab.pod("a2")?]);
-    let cluster = Cluster::start(lab, &["node-a"], &[], [&dns])?;
-    let _server = cluster.servers(&["a2"])?;
-    let node = cluster.node("node-a")?;
-    let _cache = node.echo(53)?;
-    let client = cluster.pod("a1")?;
-    let mut steps = Steps::new();
-    for family in Family::BOTH {
-        let to = SocketAddr::new(dns.cluster_ip(family), 53);
-        for (command, server, mode) in [("add", "node-a", "local-address"), ("del", "a2", "forward")] {
-            steps.step(&format!("{command}, {family:?}"), || {
-                node.ip_command(&format!("address {command} {} dev lo", to.ip()))?;
-                eventually("the mode", || {
-                    let view = service_view(node, "dns")?;
-                    let frontend = frontend(&view, to.ip(), 53, "UDP")?;
-                    ensure!(frontend["mode"] == mode, "{frontend}");
-                    Ok(Some(()))
-                })?;
-                Transport::ALL.iter().try_for_each(|transport| client.reaches(*transport, to, &[server]))
-            });
-        }
-    }
     steps.done()
 }
 

@@ -24,6 +24,7 @@ mod input;
 mod kubernetes;
 mod like_kube_proxy;
 mod live;
+mod local_addresses;
 mod metrics;
 mod node;
 mod objects;
@@ -100,6 +101,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, dumps::SCENARIOS),
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),
+    (kproxy, local_addresses::SCENARIOS),
     (kproxy, bridges::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),

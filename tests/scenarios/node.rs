@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use kproxy_lab::{Cni, Context, Family, Lab, Node, NodeSpec};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::Scenario;
-use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from, eventually};
+use crate::cluster::{Client, Cluster, DEADLINE, Steps, TARGET, Transport, ask_from, check, eventually};
 use crate::objects::Service;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -22,18 +22,6 @@ fn lab(ctx: &Context) -> Result<Lab> {
     ctx.lab(|lab| {
         lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"])).node(NodeSpec::new("node-b", 2, &["b1"]))
     })
-}
-
-/// A check of `kproxy check`, by its name: status and detail.
-fn check(node: &Node, name: &str) -> Result<(String, String)> {
-    let cgroup = node.cgroup_root().display().to_string();
-    let output = node.kproxy(&["check", "--cgroup-root", &cgroup, "-o", "json"])?.success()?;
-    let report: Value = serde_json::from_str(&output)?;
-    let checks = report["checks"].as_array().into_iter().flatten();
-    let found = checks.into_iter().find(|one| one["check"] == name);
-    let found = found.with_context(|| format!("no {name} in {report:#}"))?;
-    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
-    Ok((text("status"), text("detail")))
 }
 
 fn in_the_way(ctx: &Context) -> Result<()> {
@@ -55,7 +43,7 @@ fn in_the_way(ctx: &Context) -> Result<()> {
     steps.step("a node with nothing in the way", || {
         for name in [
             "kube-proxy",
-            "kube-ipvs0",
+            "leftover interfaces",
             "FORWARD policy",
             "bridge-nf-call-iptables",
             "reserved ports",
@@ -93,7 +81,7 @@ fn in_the_way(ctx: &Context) -> Result<()> {
     steps.step("kube-ipvs0", || {
         // This kernel has no dummy devices: a bridge of that name is as good.
         node.ip_command("link add kube-ipvs0 type bridge")?;
-        warns(&node, "kube-ipvs0", &["ip link delete kube-ipvs0"])
+        warns(&node, "leftover interfaces", &["ip link delete kube-ipvs0"])
     });
     steps.step("a bridge whose packets iptables does not see", || {
         let bridged = lab.node("node-b")?;

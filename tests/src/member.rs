@@ -158,7 +158,16 @@ impl Member {
     /// # Errors
     /// When the port is taken.
     pub fn echo(&self, port: u16) -> Result<EchoServer> {
-        EchoServer::start(self, self.name(), port)
+        let all = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        self.echo_at(&all, port)
+    }
+
+    /// The same at these addresses alone.
+    ///
+    /// # Errors
+    /// When the port is taken, or an address is not this member's.
+    pub fn echo_at(&self, addresses: &[IpAddr], port: u16) -> Result<EchoServer> {
+        EchoServer::start(self, self.name(), addresses, port)
     }
 
     /// An nginx here, on a TCP port of both families, that answers like [`Nginx`] says.

@@ -1,6 +1,6 @@
 //! From the command line to plain values: the model's configuration and the programs'.
 
-use std::{collections::BTreeSet, hash::BuildHasher as _, net::IpAddr};
+use std::{hash::BuildHasher as _, net::IpAddr};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
@@ -10,7 +10,7 @@ use crate::{
     cli::{NodeArgs, RuleArgs, Scope, SocketHooks, TableArgs},
     commands::UsageError,
     flows::sizes,
-    model::{NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
+    model::{LocalAddresses, NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope},
     programs::Capacities,
 };
 
@@ -37,7 +37,7 @@ pub fn model(
     node_name: &str,
     node: &NodeArgs,
     rules: &RuleArgs,
-    local_addresses: BTreeSet<Address>,
+    local_addresses: LocalAddresses,
 ) -> Result<NodeConfig> {
     let RuleArgs {
         masquerade_all,

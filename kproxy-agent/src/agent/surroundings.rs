@@ -1,18 +1,12 @@
 //! What on this node stands in kproxy's way, told once at the start: `kproxy check` tells it whenever it is asked.
 
-use std::time::Duration;
-
-use nix::net::if_::if_nametoindex;
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
     events::{EventReason, Events},
     firewall::{self, FirewallError, ForwardDrop, Leftover},
+    model::leftover_of,
 };
-
-/// Whether the interface is here that IPVS mode puts load-balancer addresses on.
-pub fn has_kube_ipvs0() -> bool {
-    if_nametoindex("kube-ipvs0").is_ok()
-}
 
 /// How often it is seen to that the firewall accepts: others change it, too.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -25,7 +19,6 @@ pub fn look(events: &Events, accept_forward: bool) {
         let of_task = events.clone();
         let look = move || {
             tell(&of_task, EventReason::KubeProxyLeftovers, kube_proxy(firewall::kube_proxy_leftovers()));
-            tell(&of_task, EventReason::KubeIpvs0, has_kube_ipvs0().then(kube_ipvs));
             if !accept_forward {
                 // Of an agent that was told to.
                 known(firewall::withdraw());
@@ -84,9 +77,21 @@ fn kube_proxy(found: Result<Vec<Leftover>, FirewallError>) -> Option<String> {
     })
 }
 
-fn kube_ipvs() -> String {
-    "kube-ipvs0 is on this node and swallows load-balancer addresses, also those in pass-through: ip link delete kube-ipvs0"
-        .to_owned()
+/// These interfaces of other proxies are on the node now. Which addresses in pass-through they hold, the model says of each
+/// Service.
+pub fn tell_leftovers(events: &Events, interfaces: &BTreeSet<String>) {
+    let each: Vec<_> = interfaces
+        .iter()
+        .filter_map(|name| {
+            Some(format!("{name}, a leftover of {}: ip link delete {name}", leftover_of(name)?))
+        })
+        .collect();
+    let text = format!(
+        "what no Service serves of the load-balancer and external IPs on it ends on this node, addresses in pass-through above \
+         all; ClusterIPs and what is served are not affected: {}",
+        each.join("; ")
+    );
+    tell(events, EventReason::LeftoverInterface, (!each.is_empty()).then_some(text));
 }
 
 fn known<T>(found: Result<T, FirewallError>) -> Option<T> {

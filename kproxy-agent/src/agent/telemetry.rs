@@ -123,9 +123,11 @@ impl Telemetry {
                 node.iter().for_each(|node| self.state.node_seen(node));
                 News::Other
             }
-            Change::ServiceCidr(..) | Change::Pod(..) | Change::AllPods | Change::LocalAddresses(_) => {
-                News::Other
-            }
+            Change::ServiceCidr(..)
+            | Change::Pod(..)
+            | Change::AllPods
+            | Change::LocalAddresses(_)
+            | Change::Listeners(_) => News::Other,
         }
     }
 

@@ -81,7 +81,7 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         asked("map batches", batches),
         netns_cookie(),
         node::kube_proxy(),
-        node::ipvs(),
+        node::leftovers(&common.bpf_root),
         node::forward_policy(),
         node::bridges(),
         node::reserved_ports(),

@@ -2,7 +2,6 @@
 //! from manifests.
 
 use std::{
-    collections::BTreeSet,
     fs::File,
     io::{self, BufRead as _, BufReader, Write as _},
     path::PathBuf,
@@ -17,7 +16,7 @@ use crate::{
     cli::{Common, ExplainArgs, OutputFormat, SocketHooks},
     explain::{Answer, Ground, Hooks, Live, Planned, Query, explain, text},
     maps::kernel::KernelMaps,
-    model::{Change, Model},
+    model::{Change, LocalAddresses, Model},
     plan::Capacity,
     programs::Capacities,
     source::{ProblemKind, SourceProblem, manifests},
@@ -149,7 +148,8 @@ fn answer_lines(ground: &impl Ground, path: &PathBuf) -> Result<()> {
 /// is given.
 fn model(args: &ExplainArgs) -> Result<Model> {
     let node_name = config::node_name(&args.node)?;
-    let mut model = Model::new(config::model(&node_name, &args.node, &args.rules, BTreeSet::new())?);
+    let mut model =
+        Model::new(config::model(&node_name, &args.node, &args.rules, LocalAddresses::default())?);
     let loaded = manifests::load(&args.manifests, &node_name);
     // All of them are in the log already.
     let fatal: Vec<String> = loaded

@@ -65,7 +65,10 @@ pub(super) fn sentence<G: Ground, T: Tables>(
             };
             format!("{who} is in none of the loadBalancerSourceRanges of {service}, which bind {frontend}")
         }
-        Reason::LocalAddress => format!("{frontend} of {service}: {}", stands_here(subject.query)),
+        Reason::LocalAddress => format!(
+            "{frontend} of {service}: the address stands on an interface of this node, and a process of the node listens there, \
+             as NodeLocal DNSCache does: it is left to that"
+        ),
         Reason::LeftToPackets => format!(
             "{frontend} of {service} has loadBalancerSourceRanges, and the address that {} connects with is not \
              known before its first packet",
@@ -139,7 +142,10 @@ fn without_frontend<G: Ground, T: Tables>(subject: &Subject<'_, G, T>, reason: R
             "{to} is the ClusterIP of a Service that another proxy serves (label \
              service.kubernetes.io/service-proxy-name)"
         ),
-        Reason::LocalAddress => stands_here(query),
+        Reason::LocalAddress => format!(
+            "{to} stands on an interface of this node, and no Service has port {wanted} there: it is left to whatever listens \
+             on the node"
+        ),
         Reason::NotAService if to.is_unspecified() => {
             format!("{to} is no address of a machine: a packet that is sent to it reaches nobody")
         }
@@ -167,13 +173,6 @@ fn undefined_port(ground: &impl Ground, query: &Query) -> String {
         }
         None => format!("{to} is the ClusterIP of a Service that has no port {wanted}"),
     }
-}
-
-fn stands_here(query: &Query) -> String {
-    format!(
-        "{} stands on an interface of this node, as NodeLocal DNSCache puts it there: it is left to whoever did",
-        query.to
-    )
 }
 
 /// The Service that has the destination's address on other ports, as what, and these ports.

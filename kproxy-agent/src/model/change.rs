@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
-use kproxy_common::Address;
+use kproxy_common::FrontendKey;
 
+use super::local_addresses::LocalAddresses;
 use crate::wanted::ServiceKey;
 
 /// One object as it is now; `None`: it is gone. The key stands beside the object, since an object that is
@@ -25,6 +26,10 @@ pub enum Change {
     Pod(ServiceKey, Option<Box<Pod>>),
     /// All Pods of this node have been told once.
     AllPods,
-    /// All addresses that stand on interfaces of this node, loopback included or not.
-    LocalAddresses(BTreeSet<Address>),
+    /// All addresses that stand on interfaces of this node.
+    LocalAddresses(LocalAddresses),
+    /// Where processes of this node listen, of the addresses in
+    /// [`Model::standing_cluster_ips`](super::Model::standing_cluster_ips): sockets that are bound to such an address, not
+    /// to all. `None`: that cannot be told.
+    Listeners(Option<BTreeSet<FrontendKey>>),
 }

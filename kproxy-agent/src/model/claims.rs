@@ -100,11 +100,6 @@ impl<K: Copy + Eq + Hash> Claims<K> {
         (winner != service).then_some(winner)
     }
 
-    /// Everyone who claims `key`, the winner first.
-    pub fn claimants(&self, key: &K) -> impl Iterator<Item = &Arc<ServiceKey>> {
-        self.by_key.get(key).into_iter().flat_map(Claimants::services)
-    }
-
     /// Every Service that claims a key which passed from one Service to another since the last call, some of
     /// them several times. Those that claimed, or gave up, what nobody else claims are affected by their own
     /// change. Late, so that many claims to one key cost one look at its claimants and not one for each.

@@ -11,6 +11,7 @@ use super::config::NodeConfig;
 use super::endpoint_sets::{EndpointSets, MAX_BACKENDS, Place, Run, Uses, endpoint_sets};
 use super::frontends::{Frontend, Frontends, frontends};
 use super::health_check::{WantedHealthCheck, health_check_keys, local_endpoints};
+use super::local_addresses::{LocalAddresses, leftover_of};
 use super::objects::{EndpointSlice, Family, ServedBy, Service};
 use super::pass_through::{PassThrough, decide, inside_mode};
 use super::problem::{ObjectRef, Problem, ProblemKind};
@@ -26,7 +27,9 @@ pub struct Context<'a> {
     /// The node's own addresses.
     pub node_addresses: &'a [Address],
     /// The addresses on its interfaces.
-    pub local_addresses: &'a BTreeSet<Address>,
+    pub local_addresses: &'a LocalAddresses,
+    /// What processes listen on at ClusterIPs among these; `None`: nobody can tell.
+    pub listeners: Option<&'a BTreeSet<FrontendKey>>,
     /// Who has which frontend.
     pub frontends: &'a Claims<FrontendKey>,
     /// Who has which ClusterIP.
@@ -75,6 +78,7 @@ pub fn compute(
     if !service.source_ranges.is_empty() {
         report_ranges_not_enforced(&claimed, service, context, &mut problems);
     }
+    report_never_left(&claimed, service, context, &mut problems);
     let health_check = health_check(service, slices, context, &mut problems);
     let addresses = wanted_addresses(service, context, &mut problems);
     let wanted = (!ports.is_empty() || !addresses.is_empty()).then(|| WantedService {
@@ -183,7 +187,7 @@ struct SideRule {
 
 impl Rule {
     fn of(frontend: &Frontend, service: &Service, context: &Context<'_>) -> Self {
-        let Context { config, local_addresses, .. } = context;
+        let Context { config, local_addresses, listeners, .. } = context;
         if let Some(load_balancer) = &frontend.load_balancer {
             let decision = decide(service, load_balancer, &config.pass_through);
             let rule = Self { pass_through: Some(decision), ..Self::external(service) };
@@ -199,7 +203,8 @@ impl Rule {
         if frontend.kind != FrontendKind::ClusterIp {
             return Self::external(service);
         }
-        if local_addresses.contains(&frontend.key.address()) {
+        let is_listened_on = || listeners.is_none_or(|keys| keys.contains(&frontend.key));
+        if local_addresses.contains(&frontend.key.address()) && is_listened_on() {
             let leave = SideRule::leave(Mode::LocalAddress);
             return Self { inside: leave, outside: leave, pass_through: None };
         }
@@ -355,11 +360,8 @@ fn report_ranges_not_enforced(
     context: &Context<'_>,
     problems: &mut Problems,
 ) {
-    let load_balancers = claimed.iter().filter_map(|frontend| frontend.load_balancer.as_ref());
-    let addresses: BTreeSet<_> = load_balancers
-        .filter(|load_balancer| decide(service, load_balancer, &context.config.pass_through).is_on)
-        .map(|load_balancer| load_balancer.address.to_string())
-        .collect();
+    let addresses: BTreeSet<_> =
+        passed_through(claimed, service, context).iter().map(ToString::to_string).collect();
     if addresses.is_empty() {
         return;
     }
@@ -368,6 +370,36 @@ fn report_ranges_not_enforced(
         format!("not enforced on this node for {list}, which is in pass-through; the load balancer must");
     let field = "spec.loadBalancerSourceRanges".to_owned();
     problems.add(ProblemKind::SourceRangesNotEnforced, field, message);
+}
+
+/// An address in pass-through that stands on an interface of this node ends here.
+fn report_never_left(
+    claimed: &[Frontend],
+    service: &Service,
+    context: &Context<'_>,
+    problems: &mut Problems,
+) {
+    for address in passed_through(claimed, service, context) {
+        let Some(interface) = context.local_addresses.interface(&address) else { continue };
+        let (what, help) = match leftover_of(interface) {
+            Some(whose) => (format!(", a leftover of {whose}"), format!("ip link delete {interface}")),
+            None => (String::new(), format!("take it off {interface}, or switch pass-through off")),
+        };
+        let message = format!(
+            "{address} is in pass-through, but stands on {interface} of this node{what}: what is sent to it never leaves \
+             this node, and the load balancer is not reached: {help}"
+        );
+        let field = "status.loadBalancer.ingress".to_owned();
+        problems.add(ProblemKind::PassThroughOnNode, field, message);
+    }
+}
+
+/// The Service's load-balancer addresses in pass-through.
+fn passed_through(claimed: &[Frontend], service: &Service, context: &Context<'_>) -> BTreeSet<Address> {
+    let load_balancers = claimed.iter().filter_map(|frontend| frontend.load_balancer.as_ref());
+    let passed = load_balancers
+        .filter(|load_balancer| decide(service, load_balancer, &context.config.pass_through).is_on);
+    passed.map(|load_balancer| load_balancer.address).collect()
 }
 
 fn policy(kind: FrontendKind, service: &Service) -> TrafficPolicy {

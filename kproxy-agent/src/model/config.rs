@@ -1,8 +1,8 @@
 //! What the model knows of its node besides objects: the flags, as plain values.
 
-use std::collections::BTreeSet;
-
 use kproxy_common::{Address, Cidr};
+
+use super::local_addresses::LocalAddresses;
 
 /// The node's configuration.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -28,7 +28,7 @@ pub struct NodeConfig {
     pub has_netns_cookies: bool,
     /// The addresses that stand on this node's interfaces when the model starts; later ones come as
     /// [`Change::LocalAddresses`](super::Change::LocalAddresses).
-    pub local_addresses: BTreeSet<Address>,
+    pub local_addresses: LocalAddresses,
 }
 
 /// Which of the node's addresses answer NodePorts.

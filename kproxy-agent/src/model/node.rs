@@ -6,6 +6,7 @@ use kproxy_common::{Address, Cidr, MAX_CIDRS};
 
 use super::claims::Claims;
 use super::config::{NodeConfig, NodePortAddresses};
+use super::local_addresses::LocalAddresses;
 use super::objects::{Family, Node};
 use super::problem::{ObjectRef, Problem, ProblemKind};
 
@@ -38,7 +39,7 @@ pub fn own_addresses(config: &NodeConfig, node: &Node) -> Vec<Address> {
 pub fn node_port_addresses(
     config: &NodeConfig,
     own: &[Address],
-    local: &BTreeSet<Address>,
+    local: &LocalAddresses,
     cluster_ips: &Claims<Address>,
 ) -> BTreeSet<Address> {
     let mut answering: BTreeSet<Address> = BTreeSet::new();

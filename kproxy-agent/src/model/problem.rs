@@ -53,6 +53,8 @@ pub enum ProblemKind {
     DoesNotFit,
     /// `loadBalancerSourceRanges` of an address in pass-through: the load balancer must enforce them.
     SourceRangesNotEnforced,
+    /// An address in pass-through that stands on an interface of this node.
+    PassThroughOnNode,
     /// A Pod that is to be opted out of the socket hooks, and cannot be.
     CannotOptOut,
 }
@@ -83,6 +85,7 @@ impl ProblemKind {
         Self::ClaimedTwice,
         Self::DoesNotFit,
         Self::SourceRangesNotEnforced,
+        Self::PassThroughOnNode,
         Self::CannotOptOut,
     ];
 
@@ -99,6 +102,7 @@ impl ProblemKind {
             Self::ClaimedTwice => "claimed-twice",
             Self::DoesNotFit => "does-not-fit",
             Self::SourceRangesNotEnforced => "source-ranges-not-enforced",
+            Self::PassThroughOnNode => "pass-through-on-node",
             Self::CannotOptOut => "cannot-opt-out",
         }
     }

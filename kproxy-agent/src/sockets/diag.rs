@@ -1,4 +1,5 @@
-//! sock_diag: finding sockets by their cookies in this thread's network namespace, and destroying them.
+//! sock_diag: the sockets of this thread's network namespace: finding some by their cookies and destroying them; finding
+//! out what is listened on.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,14 +7,14 @@ use std::{
     net::SocketAddr,
 };
 
-use kproxy_common::ConnectedSocket;
+use kproxy_common::{Address, ConnectedSocket, FrontendKey, Protocol};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
     NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_sock_diag::{
     SockDiagDestroy, SockDiagMessage,
-    constants::{AF_INET, AF_INET6, IPPROTO_UDP},
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
     inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
 };
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
@@ -26,7 +27,8 @@ pub(super) fn destroy(wanted: &BTreeMap<u64, ConnectedSocket>) -> io::Result<BTr
     socket.bind_auto()?;
     let mut done = BTreeSet::new();
     for (family, any) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-        for id in connected(&socket, family, any)? {
+        // Of UDP sockets: the connected ones.
+        for id in dump(&socket, request(family, IPPROTO_UDP, StateFlags::ESTABLISHED, any))? {
             let cookie = cookie(id.cookie);
             let to = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
             if wanted.get(&cookie).is_none_or(|socket| peer(socket) != to) {
@@ -45,10 +47,31 @@ pub(super) fn destroy(wanted: &BTreeMap<u64, ConnectedSocket>) -> io::Result<BTr
     Ok(done)
 }
 
-/// All connected UDP sockets of a family.
-fn connected(socket: &Socket, family: u8, any: SocketId) -> io::Result<Vec<SocketId>> {
-    let request = SockDiagMessage::InetRequest(request(family, any));
-    send(socket, NLM_F_REQUEST | NLM_F_DUMP, request)?;
+/// What is listened on in this thread's network namespace at exactly these addresses, not at all of them: TCP listeners and
+/// UDP sockets that are not connected. SCTP is not asked about: the question itself would load its module.
+pub fn listeners(at: &BTreeSet<Address>) -> io::Result<BTreeSet<FrontendKey>> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    let mut found = BTreeSet::new();
+    for (family, any) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+        for (protocol, number, states) in [
+            (Protocol::Tcp, IPPROTO_TCP, StateFlags::LISTEN),
+            (Protocol::Udp, IPPROTO_UDP, StateFlags::CLOSE),
+        ] {
+            for id in dump(&socket, request(family, number, states, any.clone()))? {
+                let address = Address::from(id.source_address.to_canonical());
+                if at.contains(&address) {
+                    found.insert(FrontendKey::new(address, id.source_port, protocol));
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// All sockets that a request asks for.
+fn dump(socket: &Socket, request: InetRequest) -> io::Result<Vec<SocketId>> {
+    send(socket, NLM_F_REQUEST | NLM_F_DUMP, SockDiagMessage::InetRequest(request))?;
     let mut found = Vec::new();
     loop {
         for payload in receive::<SockDiagMessage>(socket)? {
@@ -65,7 +88,12 @@ fn connected(socket: &Socket, family: u8, any: SocketId) -> io::Result<Vec<Socke
 }
 
 fn destroy_one(socket: &Socket, family: u8, id: SocketId) -> io::Result<()> {
-    let request = SockDiagDestroy::new(SockDiagMessage::InetRequest(request(family, id)));
+    let request = SockDiagDestroy::new(SockDiagMessage::InetRequest(request(
+        family,
+        IPPROTO_UDP,
+        StateFlags::ESTABLISHED,
+        id,
+    )));
     send(socket, NLM_F_REQUEST | NLM_F_ACK, request)?;
     for payload in receive::<SockDiagMessage>(socket)? {
         if let NetlinkPayload::Error(error) = payload
@@ -77,15 +105,8 @@ fn destroy_one(socket: &Socket, family: u8, id: SocketId) -> io::Result<()> {
     Ok(())
 }
 
-fn request(family: u8, socket_id: SocketId) -> InetRequest {
-    InetRequest {
-        family,
-        protocol: IPPROTO_UDP,
-        extensions: ExtensionFlags::empty(),
-        // Of UDP sockets: the connected ones.
-        states: StateFlags::ESTABLISHED,
-        socket_id,
-    }
+fn request(family: u8, protocol: u8, states: StateFlags, socket_id: SocketId) -> InetRequest {
+    InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states, socket_id }
 }
 
 fn send<T>(socket: &Socket, flags: u16, message: T) -> io::Result<()>

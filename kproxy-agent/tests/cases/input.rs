@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kproxy::explain::Hooks;
 use kproxy::model::{Change, NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope, parse};
 use kproxy::wanted::ServiceKey;
-use kproxy_common::{Address, Cidr};
+use kproxy_common::{Address, Cidr, FrontendKey, Protocol};
 use serde_json::Value;
 
 const OBJECTS: &str = "=== objects";
@@ -60,6 +60,7 @@ enum Kind {
     ServiceCidr,
     Pod,
     LocalAddresses,
+    Listeners,
 }
 
 /// The flags as a document of a case.
@@ -188,10 +189,20 @@ impl Event {
             Kind::ServiceCidr => Change::ServiceCidr(key.name, self.read_as()),
             Kind::Pod => Change::Pod(key, self.read_as()),
             Kind::LocalAddresses => {
+                // An address, or `ADDRESS on INTERFACE`.
                 let addresses: Option<Box<Vec<String>>> = self.read_as();
-                Change::LocalAddresses(
-                    addresses.iter().flat_map(|list| list.iter()).map(|ip| ip_of(ip)).collect(),
-                )
+                let addresses = addresses.iter().flat_map(|list| list.iter());
+                let of = |text: &'_ String| match text.split_once(" on ") {
+                    Some((ip, interface)) => (ip_of(ip), interface.to_owned()),
+                    None => (ip_of(text), "eth0".to_owned()),
+                };
+                let addresses: Vec<_> = addresses.map(of).collect();
+                Change::LocalAddresses(addresses.iter().map(|(ip, on)| (*ip, on.as_str())).collect())
+            }
+            Kind::Listeners => {
+                let listeners: Option<Box<Vec<String>>> = self.read_as();
+                let listeners = listeners.iter().flat_map(|list| list.iter());
+                Change::Listeners(Some(listeners.map(|text| frontend_of(text)).collect()))
             }
         }
     }
@@ -204,7 +215,7 @@ impl Event {
             return Ok(Self { kind: Kind::read(kind)?, key, object: None });
         }
         let kind = Kind::read(document["kind"].as_str().context("a document without a kind")?)?;
-        if kind == Kind::LocalAddresses {
+        if matches!(kind, Kind::LocalAddresses | Kind::Listeners) {
             let key = ServiceKey { namespace: String::new(), name: String::new() };
             return Ok(Self { kind, key, object: Some(document["addresses"].clone()) });
         }
@@ -232,6 +243,7 @@ impl Kind {
             "ServiceCIDR" => Self::ServiceCidr,
             "Pod" => Self::Pod,
             "LocalAddresses" => Self::LocalAddresses,
+            "Listeners" => Self::Listeners,
             other => bail!("cases know no kind {other}"),
         })
     }
@@ -303,6 +315,14 @@ impl Flags {
 
 fn ip_of(text: &str) -> Address {
     parse::ip(text).unwrap_or_else(|| panic!("{text} is no address"))
+}
+
+/// `10.96.0.10:53/UDP`.
+fn frontend_of(text: &str) -> FrontendKey {
+    let (to, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
+    let to: std::net::SocketAddr = to.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+    let protocol = if protocol == "UDP" { Protocol::Udp } else { Protocol::Tcp };
+    FrontendKey::new(to.ip().into(), to.port(), protocol)
 }
 
 fn cidrs_of(texts: &[String]) -> Vec<Cidr> {

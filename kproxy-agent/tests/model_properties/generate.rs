@@ -13,9 +13,11 @@ use k8s_openapi::api::discovery::v1::{
 use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
-use kproxy::model::{Change, NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope, parse};
+use kproxy::model::{
+    Change, LocalAddresses, NodeConfig, NodePortAddresses, PassThroughConfig, PassThroughScope, parse,
+};
 use kproxy::wanted::ServiceKey;
-use kproxy_common::Address;
+use kproxy_common::{Address, FrontendKey, Protocol};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
@@ -32,7 +34,8 @@ pub enum Event {
     Node(Option<Box<Node>>),
     ServiceCidr(String, Option<ServiceCIDR>),
     Pod(ServiceKey, Option<Box<Pod>>),
-    Local(BTreeSet<Address>),
+    Local(LocalAddresses),
+    Listeners(Option<BTreeSet<FrontendKey>>),
 }
 
 /// All objects that there are.
@@ -43,7 +46,8 @@ pub struct World {
     pub node: Option<Node>,
     pub service_cidrs: BTreeMap<String, ServiceCIDR>,
     pub pods: BTreeMap<ServiceKey, Pod>,
-    local: Option<BTreeSet<Address>>,
+    local: Option<LocalAddresses>,
+    listeners: Option<Option<BTreeSet<FrontendKey>>>,
 }
 
 impl Event {
@@ -55,6 +59,7 @@ impl Event {
             Self::ServiceCidr(name, object) => Change::ServiceCidr(name, object.map(Box::new)),
             Self::Pod(key, pod) => Change::Pod(key, pod),
             Self::Local(addresses) => Change::LocalAddresses(addresses),
+            Self::Listeners(listeners) => Change::Listeners(listeners),
         }
     }
 }
@@ -76,12 +81,21 @@ impl World {
             Event::Node(Some(node)) if node.metadata.name.as_deref() != Some(NODE) => {}
             Event::Node(node) => self.node = node.map(|node| *node),
             Event::Local(addresses) => self.local = Some(addresses),
+            Event::Listeners(listeners) => self.listeners = Some(listeners),
         }
     }
 
     /// The addresses on this node's interfaces.
-    pub fn local<'a>(&'a self, config: &'a NodeConfig) -> &'a BTreeSet<Address> {
-        self.local.as_ref().unwrap_or(&config.local_addresses)
+    pub fn local(&self, config: &NodeConfig) -> BTreeSet<Address> {
+        self.local.as_ref().unwrap_or(&config.local_addresses).iter().copied().collect()
+    }
+
+    /// Whether a process of this node listens there, or may.
+    pub fn is_listened_on(&self, key: &FrontendKey) -> bool {
+        match &self.listeners {
+            None => false,
+            Some(listeners) => listeners.as_ref().is_none_or(|keys| keys.contains(key)),
+        }
     }
 
     /// Changes that make this world out of nothing, in an order that `seed` says.
@@ -95,6 +109,8 @@ impl World {
             self.service_cidrs.iter().map(|(name, o)| Event::ServiceCidr(name.clone(), Some(o.clone())));
         let node = self.node.iter().map(|node| Event::Node(Some(Box::new(node.clone()))));
         let local = self.local.iter().map(|addresses| Event::Local(addresses.clone()));
+        let listeners = self.listeners.iter().map(|listeners| Event::Listeners(listeners.clone()));
+        let local = local.chain(listeners);
         let pods = self.pods.iter().map(|(key, pod)| Event::Pod(key.clone(), Some(Box::new(pod.clone()))));
         let mut left: Vec<_> =
             services.chain(slices).chain(cidrs).chain(node).chain(pods).chain(local).collect();
@@ -128,7 +144,7 @@ pub fn config() -> impl Strategy<Value = NodeConfig> {
             let cidrs = |is: bool, text| is.then(|| parse::cidr(text).unwrap()).into_iter().collect();
             NodeConfig {
                 node_name: NODE.to_owned(),
-                node_addresses: if has_own { own.into_iter().collect() } else { Vec::new() },
+                node_addresses: if has_own { own.iter().copied().collect() } else { Vec::new() },
                 cluster_cidrs: cidrs(has_cluster_cidr, "10.244.0.0/16"),
                 service_cidrs: cidrs(has_service_cidr, "10.96.0.0/16"),
                 nodeport_addresses: node_ports,
@@ -156,6 +172,7 @@ pub fn event() -> BoxedStrategy<Event> {
         1 => (select(vec!["p0", "p1"]), option::weighted(0.8, pod().prop_map(Box::new)))
             .prop_map(|(name, pod)| Event::Pod(ServiceKey { namespace: "n".to_owned(), name: name.to_owned() }, pod)),
         1 => local().prop_map(Event::Local),
+        1 => option::weighted(0.8, listeners()).prop_map(Event::Listeners),
     ]
     .boxed()
 }
@@ -224,10 +241,20 @@ fn service_ip() -> impl Strategy<Value = String> {
     ]
 }
 
-fn local() -> impl Strategy<Value = BTreeSet<Address>> {
-    let pool = ["10.0.0.1", "10.0.0.9", "127.0.0.1", "10.96.0.1", "2001:db8::1", "::1"];
-    btree_set(select(pool.to_vec()), 0..4)
-        .prop_map(|set| set.into_iter().map(|ip| parse::ip(ip).unwrap()).collect())
+fn local() -> impl Strategy<Value = LocalAddresses> {
+    let pool = ["10.0.0.1", "10.0.0.9", "127.0.0.1", "10.96.0.1", "2001:db8::1", "::1", "203.0.113.1"];
+    let interface = select(vec!["eth0", "eth0", "eth0", "kube-ipvs0"]);
+    btree_map(select(pool.to_vec()), interface, 0..4)
+        .prop_map(|map| map.into_iter().map(|(ip, on)| (parse::ip(ip).unwrap(), on)).collect())
+}
+
+fn listeners() -> impl Strategy<Value = BTreeSet<FrontendKey>> {
+    let ip = select(vec!["10.96.0.1", "10.96.0.1", "10.0.0.1", "fd00:10:96::1"]);
+    let key = (ip, select(vec![80, 443]), select(vec![Protocol::Tcp, Protocol::Udp]));
+    btree_set(
+        key.prop_map(|(ip, port, protocol)| FrontendKey::new(parse::ip(ip).unwrap(), port, protocol)),
+        0..3,
+    )
 }
 
 fn service() -> BoxedStrategy<Service> {

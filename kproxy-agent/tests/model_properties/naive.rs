@@ -280,7 +280,9 @@ fn decide(
     let leave = |mode| Side { mode, backends: Backends::new(), masquerade: 0, affinity: false };
     let passes = kind == FrontendKind::LoadBalancer && passes_through(config, service, external, is_proxy);
     let (inside, outside) = match kind {
-        FrontendKind::ClusterIp if world.local(config).contains(&frontend.address()) => {
+        FrontendKind::ClusterIp
+            if world.local(config).contains(&frontend.address()) && world.is_listened_on(frontend) =>
+        {
             (leave(Mode::LocalAddress), leave(Mode::LocalAddress))
         }
         FrontendKind::ClusterIp if config.masquerade_all => {

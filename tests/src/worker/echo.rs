@@ -1,19 +1,19 @@
 //! Echo servers: say who answered and whom they saw.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::thread;
 
-use super::protocol::{Answer, WireFamily};
+use super::protocol::Answer;
 use super::sockets::{Failed, tcp_server, udp_answer, udp_receive, udp_server};
 use super::transfer::{self, Transfer};
 
-/// Starts a server for TCP and UDP, both families. Bound when this returns.
-pub fn start(name: &str, port: u16) -> Result<(), Failed> {
-    for family in [WireFamily::V4, WireFamily::V6] {
-        let listener = tcp_server(family, port)?;
-        let socket = udp_server(family, port)?;
+/// Starts a server for TCP and UDP at these addresses. Bound when this returns.
+pub fn start(name: &str, addresses: &[IpAddr], port: u16) -> Result<(), Failed> {
+    for address in addresses {
+        let listener = tcp_server((*address, port).into())?;
+        let socket = udp_server((*address, port).into())?;
         let for_tcp = name.to_owned();
         let for_udp = name.to_owned();
         thread::spawn(move || serve_tcp(&listener, &for_tcp));

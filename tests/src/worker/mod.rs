@@ -375,11 +375,11 @@ pub struct EchoServer {
 }
 
 impl EchoServer {
-    pub(crate) fn start(member: &Member, name: &str, port: u16) -> Result<Self> {
+    pub(crate) fn start(member: &Member, name: &str, addresses: &[IpAddr], port: u16) -> Result<Self> {
         let worker = member.worker()?;
-        let name = name.to_owned();
+        let (name, addresses) = (name.to_owned(), addresses.to_owned());
         let () = worker
-            .call(&Request::Echo { name, port })
+            .call(&Request::Echo { name, addresses, port })
             .with_context(|| format!("an echo server on port {port} of {}", member.name()))?;
         Ok(Self { worker, member: member.clone(), port })
     }

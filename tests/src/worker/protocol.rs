@@ -74,6 +74,7 @@ pub enum Request {
     },
     Echo {
         name: String,
+        addresses: Vec<IpAddr>,
         port: u16,
     },
     BurstStart(BurstSpec),

@@ -145,8 +145,8 @@ fn perform(
             }
             Ok(Value::Null)
         }
-        Request::Echo { name, port } => {
-            echo::start(&name, port)?;
+        Request::Echo { name, addresses, port } => {
+            echo::start(&name, &addresses, port)?;
             Ok(Value::Null)
         }
         Request::BurstStart(spec) => {

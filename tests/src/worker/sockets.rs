@@ -169,9 +169,9 @@ pub fn udp_send_segments(
     sent.map(drop)
 }
 
-/// A UDP socket that serves a port at all addresses of one family, and knows which was asked.
-pub fn udp_server(family: WireFamily, port: u16) -> Result<OwnedFd, Failed> {
-    let v4 = matches!(family, WireFamily::V4);
+/// A UDP socket that serves a port at an address, or at all of its family, and knows which was asked.
+pub fn udp_server(at: SocketAddr) -> Result<OwnedFd, Failed> {
+    let v4 = at.is_ipv4();
     let fd = new_socket(v4, SockType::Datagram)?;
     if v4 {
         setsockopt(&fd, sockopt::Ipv4PacketInfo, &true).named("setsockopt")?;
@@ -179,19 +179,19 @@ pub fn udp_server(family: WireFamily, port: u16) -> Result<OwnedFd, Failed> {
         setsockopt(&fd, sockopt::Ipv6V6Only, &true).named("setsockopt")?;
         setsockopt(&fd, sockopt::Ipv6RecvPacketInfo, &true).named("setsockopt")?;
     }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(any(v4, port))).named("bind")?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).named("bind")?;
     Ok(fd)
 }
 
-/// A TCP listener at all addresses of one family.
-pub fn tcp_server(family: WireFamily, port: u16) -> Result<std::net::TcpListener, Failed> {
-    let v4 = matches!(family, WireFamily::V4);
+/// A TCP listener at an address, or at all of its family.
+pub fn tcp_server(at: SocketAddr) -> Result<std::net::TcpListener, Failed> {
+    let v4 = at.is_ipv4();
     let fd = new_socket(v4, SockType::Stream)?;
     setsockopt(&fd, sockopt::ReuseAddr, &true).named("setsockopt")?;
     if !v4 {
         setsockopt(&fd, sockopt::Ipv6V6Only, &true).named("setsockopt")?;
     }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(any(v4, port))).named("bind")?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).named("bind")?;
     // As large as the system allows: bursts of connections are not to be refused here.
     let backlog = nix::sys::socket::Backlog::new(4096).named("listen")?;
     nix::sys::socket::listen(&fd, backlog).named("listen")?;
@@ -318,10 +318,6 @@ fn set_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: &[
     // SAFETY: the value is as long as the kernel is told.
     let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
     Errno::result(result).named("setsockopt").map(drop)
-}
-
-fn any(v4: bool, port: u16) -> SocketAddr {
-    if v4 { (Ipv4Addr::UNSPECIFIED, port).into() } else { (Ipv6Addr::UNSPECIFIED, port).into() }
 }
 
 fn wait_connected(stream: &TcpStream, timeout: Duration) -> Result<(), Failed> {

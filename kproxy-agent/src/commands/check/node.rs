@@ -1,14 +1,17 @@
 //! What else on a node decides whether Services work: what a kube-proxy left, the firewall, bridges, sysctls.
 
-use std::fs;
+use std::{collections::BTreeSet, fs, net::IpAddr, path::Path};
 
 use anyhow::Result;
+use kproxy_common::{ClientKind, FrontendKind, Mode, Tables as _};
 
 use super::{Finding, Status, finding};
 use crate::{
-    agent::{MASK_PORTS, has_kube_ipvs0, net_sysctls, reserved_ports_cover},
+    agent::{MASK_PORTS, net_sysctls, reserved_ports_cover},
     devices,
     firewall::{FirewallError, forward_drops, kube_proxy_leftovers},
+    maps::kernel::{FirstError, KernelMaps, Lookup},
+    model::leftover_of,
 };
 
 /// kube-proxy's rules translate what kproxy leaves alone, pass-through addresses above all.
@@ -33,14 +36,50 @@ pub fn kube_proxy() -> Finding {
     }
 }
 
-/// IPVS mode puts every load-balancer address on this interface.
-pub fn ipvs() -> Finding {
-    if has_kube_ipvs0() {
-        let mend = "kube-ipvs0 is on this node and holds the load-balancer addresses, so that traffic to them never \
-                    leaves it: ip link delete kube-ipvs0";
-        return finding("kube-ipvs0", Status::Warning, mend);
+/// Interfaces that other proxies have put the addresses of all Services on.
+pub fn leftovers(bpf_root: &Path) -> Finding {
+    let check = "leftover interfaces";
+    let devices = match devices::list_now() {
+        Ok(devices) => devices,
+        Err(error) => return finding(check, Status::Warning, format!("{error:#}")),
+    };
+    let found = devices.values().filter_map(|device| Some((device, leftover_of(&device.name)?)));
+    let found: Vec<_> = found.collect();
+    if found.is_empty() {
+        return finding(check, Status::Ok, "kube-proxy's IPVS mode and kube-router have left none");
     }
-    finding("kube-ipvs0", Status::Ok, "not here")
+    let passed = passed_through(bpf_root).unwrap_or_default();
+    let each = found.iter().map(|(device, whose)| {
+        let name = &device.name;
+        let swallowed: Vec<_> = device.addresses.intersection(&passed).map(ToString::to_string).collect();
+        let passed = if swallowed.is_empty() {
+            "no address in pass-through that the maps hold stands there".to_owned()
+        } else {
+            format!("{}, in pass-through, never leave this node", swallowed.join(", "))
+        };
+        format!("{name}, of {whose}: {passed}: ip link delete {name}")
+    });
+    let detail = format!(
+        "{}; other load-balancer and external IPs there are affected where no Service serves them, ClusterIPs are not",
+        each.collect::<Vec<_>>().join("; ")
+    );
+    finding(check, Status::Warning, detail)
+}
+
+/// The load-balancer addresses in pass-through; none where no agent has written any maps.
+fn passed_through(bpf_root: &Path) -> Option<BTreeSet<IpAddr>> {
+    let maps = KernelMaps::open(bpf_root).ok()?;
+    let error = FirstError::default();
+    let tables = Lookup::new(&maps, &error);
+    let is_passed = |number: u32| {
+        let is_load_balancer = tables
+            .info(number)
+            .is_some_and(|info| FrontendKind::try_from(info.frontend_kind) == Ok(FrontendKind::LoadBalancer));
+        let side = tables.side(number, ClientKind::Outside);
+        is_load_balancer && side.is_some_and(|side| side.mode() == Mode::PassThrough)
+    };
+    let frontends = tables.frontends().into_iter();
+    Some(frontends.filter(|(_, number)| is_passed(*number)).map(|(key, _)| key.address().into()).collect())
 }
 
 /// Like nftables mode of kube-proxy, kproxy opens no firewall by itself.
