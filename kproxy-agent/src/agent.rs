@@ -47,12 +47,12 @@ use telemetry::Telemetry;
 /// How often the sysctls of bridges are looked at, which others set at any time: a module that is loaded, a CNI that starts.
 const LOOK_AT_BRIDGES: Duration = Duration::from_secs(2);
 
-/// The ports that clients are masked with: the first, and how many.
-pub(crate) const MASK_PORTS: (u32, u32) = (config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
+/// The ports that clients are masqueraded with before others are: the first, and how many.
+pub(crate) const RESERVED_PORTS: (u32, u32) = (config::RESERVED_PORTS_FIRST, config::RESERVED_PORTS_COUNT);
 
 /// Whether these, as `ip_local_reserved_ports` lists them, are reserved.
 pub(crate) fn reserved_ports_cover(reserved: &str) -> bool {
-    let (first, count) = MASK_PORTS;
+    let (first, count) = RESERVED_PORTS;
     host::covers(reserved, first, first + count - 1)
 }
 
@@ -93,7 +93,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     for problem in problems {
         tracing::warn!("the maps held what does not fit together, and it is written anew: {problem}");
     }
-    host::reserve_ports(config::MASK_PORTS_FIRST, config::MASK_PORTS_COUNT);
+    host::reserve_ports(config::RESERVED_PORTS_FIRST, config::RESERVED_PORTS_COUNT);
     if !args.rules.disable_conntrack_sysctls {
         conntrack::set_sysctls(net_sysctls());
     }

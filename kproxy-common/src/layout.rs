@@ -816,6 +816,11 @@ pub struct Config {
     pub mask_ports_first: u32,
     /// How many these are.
     pub mask_ports_count: u32,
+    /// The first of those of them that are tried before all others, since no socket is given one by itself
+    /// (`ip_local_reserved_ports`).
+    pub reserved_ports_first: u32,
+    /// How many these are.
+    pub reserved_ports_count: u32,
     /// ServiceCIDRs: unallocated addresses inside are dropped.
     pub service_cidrs: [Cidr; MAX_CIDRS],
     /// `--cluster-cidr`: sources that count as inside.
@@ -834,6 +839,8 @@ impl Config {
         some_opted_out: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
+        reserved_ports_first: 0,
+        reserved_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };
@@ -923,7 +930,7 @@ const _: () = {
     assert!(size_of::<AffinityValue>() == 40);
     assert!(size_of::<Counters>() == 16);
     assert!(size_of::<ServiceInfo>() == 224);
-    assert!(size_of::<Config>() == 40 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<Config>() == 48 + 2 * MAX_CIDRS * 20);
     assert!(size_of::<DeviceKey>() == 8);
     assert!(size_of::<DeviceAddresses>() == 40);
     assert!(size_of::<OptedOut>() == 40);

@@ -49,6 +49,12 @@ pub trait FlowTables: Tables {
     /// that ask at the same time, one gets it. A flow that has ended keeps its entries for late packets only, not
     /// against another flow: else a mask's ports would be used up by connections that are long closed.
     fn put_new(&self, whole: &Conversation, role: Role) -> bool;
+    /// The same for the entry by which a flow holds the port that it is masqueraded with, unless a socket of this host has
+    /// that. Of a flow that [`with_transient`](Self::with_transient) or [`with_new`](Self::with_new) has handed out: many
+    /// ports may have to be tried.
+    fn put_new_return(&self, whole: &Conversation) -> bool {
+        !self.has_socket(whole) && self.put_new(whole, Role::Return)
+    }
     /// Adds or replaces one entry of a flow that is being opened.
     fn put_transient(&self, whole: &Conversation, role: Role);
     /// Moves one entry to the established flows. Packets find it on its way.

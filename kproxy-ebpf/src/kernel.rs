@@ -187,6 +187,11 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn put_new_return(&self, _: &Conversation) -> bool {
+        !self.skb.is_null() && take_return(self.skb) != 0
+    }
+
+    #[inline(always)]
     fn put_transient(&self, whole: &Conversation, role: Role) {
         if let Some(Entry { key, flow }) = Entry::of(whole, role) {
             // Without an entry the next packet of the same 5-tuple is hashed to the same backend.
@@ -337,6 +342,17 @@ fn addresses_of(interface: u32) -> Option<&'static DeviceAddresses> {
 fn is_opted_out(netns_cookie: u64) -> bool {
     // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
     unsafe { maps::OPTED_OUT.get(netns_cookie) }.is_some()
+}
+
+/// [`FlowTables::put_new_return`] of the whole in `scratch`, as a global function: the verifier checks it once, and not
+/// again for each port that is tried.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn take_return(skb: *mut __sk_buff) -> u64 {
+    let Some(scratch) = Scratch::get() else {
+        return 0;
+    };
+    u64::from(!has_socket(skb, &scratch.whole) && keys::take(&scratch.whole, Role::Return))
 }
 
 /// Whether a socket of this host would get what the flow's backend sends to its mask. A listening one counts too: it

@@ -17,11 +17,16 @@ use crate::{
 /// How long a UDP flow may idle: as conntrack's `nf_conntrack_udp_timeout_stream`.
 const UDP_TIMEOUT_SECONDS: u64 = 180;
 
-/// The ports that clients are masked with: above the default `ip_local_port_range` (32768 to 60999), and reserved
-/// on the node, so that no socket is given one.
-pub const MASK_PORTS_FIRST: u32 = 61_000;
+/// The ports that clients are masqueraded with: those that netfilter takes for who has one above 1023
+/// (`nf_nat_l4proto_unique_tuple`), as kube-proxy does.
+pub const MASK_PORTS_FIRST: u32 = 1_024;
 /// How many these are.
-pub const MASK_PORTS_COUNT: u32 = 4_536;
+pub const MASK_PORTS_COUNT: u32 = 64_512;
+/// Those of them that are tried first: above the default `ip_local_port_range` (32768 to 60999), and reserved on the node,
+/// so that no socket is given one.
+pub const RESERVED_PORTS_FIRST: u32 = 61_000;
+/// How many these are.
+pub const RESERVED_PORTS_COUNT: u32 = 4_536;
 
 /// This node's name in EndpointSlices: as given, else the host name in lower case, as kube-proxy takes it.
 pub fn node_name(args: &NodeArgs) -> Result<String> {
@@ -114,6 +119,8 @@ pub fn programs(
         some_opted_out: u8::from(some_opted_out),
         mask_ports_first: MASK_PORTS_FIRST,
         mask_ports_count: MASK_PORTS_COUNT,
+        reserved_ports_first: RESERVED_PORTS_FIRST,
+        reserved_ports_count: RESERVED_PORTS_COUNT,
         service_cidrs: table(service_cidrs),
         cluster_cidrs: table(&cidrs("--cluster-cidr", &node.cluster_cidr)?),
     })

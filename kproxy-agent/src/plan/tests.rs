@@ -398,6 +398,8 @@ fn the_decision_runs_over_planned_tables() {
         some_opted_out: 0,
         mask_ports_first: 0,
         mask_ports_count: 0,
+        reserved_ports_first: 0,
+        reserved_ports_count: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };

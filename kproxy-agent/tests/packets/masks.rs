@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kproxy::programs::Capacities;
 use kproxy_common::{DeviceAddresses, PacketVerdict, Protocol, Reason};
 
 use crate::{
@@ -18,6 +19,8 @@ use crate::{
 
 /// The only ports there are.
 const FEW: (u16, u16) = (61_000, 32);
+/// All that there are.
+const ALL: (u16, u16) = (1_024, 64_512);
 const CLIENTS: u16 = 200;
 
 /// Clients ask one after the other; what they are masked with, or `None` where they are dropped.
@@ -66,6 +69,43 @@ fn exhaustion_is_a_drop_and_never_a_wrong_connection() {
                 assert!(world.meet(At::Out(Device::Uplink), Link::Ethernet, &sent).1.is_some());
             }
         }
+    });
+}
+
+/// One node sends as many connections at once to one backend as kube-proxy does, and none is lost; what is more than
+/// there are ports is dropped, and counted.
+#[test]
+fn sixty_thousand_connections_to_one_backend() {
+    const HELD: usize = 60_000;
+    let (first, count) = ALL;
+    let tables = Capacities { flows: 524_288, ..ROOM };
+    in_world(tables, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        world.use_mask_ports(ALL);
+        let ports = Ports::of(Protocol::Tcp);
+        let frontend = Who::Node.at(Family::V4, ports.node_port(1));
+        let (mut given, mut dropped) = (BTreeSet::new(), 0);
+        let clients = (1..=3_u8).flat_map(|host| (1_024..=u16::MAX).map(move |port| (host, port)));
+        for (host, port) in clients {
+            let client = Who::Client(host).at(Family::V4, port);
+            let packet = Frame::of(Protocol::Tcp, Link::Ethernet, client, frontend, SYN);
+            let (_, sent) = world.meet(At::In(Device::Uplink), Link::Ethernet, &packet);
+            let (verdict, sent) =
+                world.meet(At::Out(Device::Uplink), Link::Ethernet, &sent.expect("it goes on"));
+            let Some(sent) = sent else {
+                assert_eq!(verdict, PacketVerdict::Drop { reason: Reason::MaskPortsExhausted });
+                assert!(given.len() >= HELD, "the one after {} is lost", given.len());
+                dropped += 1;
+                if dropped == 100 {
+                    break;
+                }
+                continue;
+            };
+            assert!(given.insert(sent.source().port()), "{} is given out twice", sent.source());
+        }
+        println!("{} connections at once, then {dropped} were dropped", given.len());
+        assert_eq!(dropped, 100, "there are only {count} ports, and {} were given out", given.len());
+        assert!(given.iter().all(|port| *port >= first));
     });
 }
 

@@ -159,6 +159,8 @@ impl World {
             some_opted_out: 0,
             mask_ports_first: MASK_PORTS.0.into(),
             mask_ports_count: MASK_PORTS.1.into(),
+            reserved_ports_first: MASK_PORTS.0.into(),
+            reserved_ports_count: 100,
             service_cidrs: table(cidrs(SERVICE_CIDRS)),
             cluster_cidrs: table(cidrs(CLUSTER_CIDRS)),
         };
@@ -228,6 +230,8 @@ impl World {
     /// Clients are masked with these ports from now on: the first, and how many.
     pub fn use_mask_ports(&mut self, (first, count): (u16, u16)) {
         (self.config.mask_ports_first, self.config.mask_ports_count) = (first.into(), count.into());
+        let reserved = (first.into(), u32::from(count).min(100));
+        (self.config.reserved_ports_first, self.config.reserved_ports_count) = reserved;
         self.maps.write_config(&self.config).expect("the configuration is written");
     }
 

@@ -3,9 +3,14 @@
 use super::{FlowTables, Hit, PacketMeta};
 use crate::{Config, Conversation, Hook, Reason, Role};
 
-/// How many ports are tried before the packet is dropped. The next packet of the same flow begins where its hash says
-/// again, but finds other ports taken and freed.
-const TRIES: u32 = 16;
+/// How many ports are tried before the packet is dropped, as often as netfilter tries at first
+/// (`nf_nat_l4proto_unique_tuple`). Where 60,000 of 64,512 ports are held, of 10,000 flows one finds none. The next packet of
+/// the same flow begins where its hash says again, but finds other ports taken and freed.
+const TRIES: u32 = 128;
+/// How many of these are among the reserved ports.
+const RESERVED_TRIES: u32 = 4;
+/// How many other ports of its own a client is tried to be given.
+const INNER_TRIES: u32 = 16;
 
 /// The first packet of a flow to be masked has come to the interface that it leaves by: gives it a port that no
 /// other flow to the same backend has, nor a socket of this host, and completes the flow's entries.
@@ -22,8 +27,8 @@ pub(super) fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, 
         flow.mask = address;
         let mut tries = 0;
         while tries < TRIES {
-            flow.mask_port = port(config, start, tries);
-            if !tables.has_socket(flow) && tables.put_new(flow, Role::Return) {
+            flow.mask_port = port(config, start, tries, tries < RESERVED_TRIES);
+            if tables.put_new_return(flow) {
                 tables.put_transient(flow, Role::Request);
                 tables.put_transient(flow, Role::Forwarded);
                 tables.put_transient(flow, Role::Reply);
@@ -55,8 +60,8 @@ pub(super) fn choose_inner_port<T: FlowTables>(
     };
     let start = packet.hash(config.hash_seed);
     let mut tries = 0;
-    while tries < TRIES {
-        flow.inner_port = port(config, start, tries);
+    while tries < INNER_TRIES {
+        flow.inner_port = port(config, start, tries, true);
         if tables.put_new(flow, Role::Reply) {
             return true;
         }
@@ -68,10 +73,15 @@ pub(super) fn choose_inner_port<T: FlowTables>(
 /// One of the ports for masking. Each try is mixed anew: tries at even steps from one another meet the same few ports
 /// where a step happens to be small, and then again at each time that the packet is sent.
 #[inline(always)]
-fn port(config: &Config, start: u32, tries: u32) -> u16 {
+fn port(config: &Config, start: u32, tries: u32, is_reserved: bool) -> u16 {
+    let (first, count) = if is_reserved {
+        (config.reserved_ports_first, config.reserved_ports_count)
+    } else {
+        (config.mask_ports_first, config.mask_ports_count)
+    };
     // The multipliers of Fibonacci hashing and of a 32-bit finalizer.
     let mixed = start.wrapping_add(tries.wrapping_mul(0x9e37_79b9));
     let mixed = (mixed ^ mixed >> 16).wrapping_mul(0x7feb_352d);
-    let offset = (u64::from(mixed ^ mixed >> 15) * u64::from(config.mask_ports_count)) >> 32;
-    config.mask_ports_first.wrapping_add(offset as u32) as u16
+    let offset = (u64::from(mixed ^ mixed >> 15) * u64::from(count)) >> 32;
+    first.wrapping_add(offset as u32) as u16
 }

@@ -7,7 +7,7 @@ use kproxy_common::{ClientKind, FrontendKind, Mode, Tables as _};
 
 use super::{Finding, Status, finding};
 use crate::{
-    agent::{MASK_PORTS, net_sysctls, reserved_ports_cover},
+    agent::{RESERVED_PORTS, net_sysctls, reserved_ports_cover},
     devices,
     firewall::{FirewallError, forward_drops, kube_proxy_leftovers},
     maps::kernel::{FirstError, KernelMaps, Lookup},
@@ -129,7 +129,7 @@ pub fn bridges() -> Finding {
 /// A socket that is given a port with which a client is masked loses its answers, or the client its.
 pub fn reserved_ports() -> Finding {
     let check = "reserved ports";
-    let (first, count) = MASK_PORTS;
+    let (first, count) = RESERVED_PORTS;
     let range = format!("{first}-{}", first + count - 1);
     let path = net_sysctls().join("ipv4/ip_local_reserved_ports");
     match fs::read_to_string(&path) {

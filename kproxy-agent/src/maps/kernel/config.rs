@@ -13,6 +13,8 @@ const _: () = {
     assert!(offset_of!(Config, host_sockets_only) == offset_of!(Config, remember_peer) + 2);
     assert!(offset_of!(Config, some_opted_out) == offset_of!(Config, remember_peer) + 3);
     assert!(offset_of!(Config, mask_ports_count) == offset_of!(Config, mask_ports_first) + 4);
+    assert!(offset_of!(Config, reserved_ports_count) == offset_of!(Config, reserved_ports_first) + 4);
+    assert!(offset_of!(Config, reserved_ports_first).is_multiple_of(8));
     assert!(offset_of!(Config, loopback_node_ports).is_multiple_of(8));
     assert!(offset_of!(Config, mask_ports_first).is_multiple_of(8));
 };
@@ -39,6 +41,8 @@ impl KernelMaps {
             some_opted_out,
             mask_ports_first,
             mask_ports_count,
+            reserved_ports_first,
+            reserved_ports_count,
             service_cidrs,
             cluster_cidrs,
         } = wanted;
@@ -49,6 +53,8 @@ impl KernelMaps {
         let sockets = u32::from_ne_bytes([low, high, *host_sockets_only, *some_opted_out]);
         self.number(offset_of!(Config, loopback_node_ports), pair(*loopback_node_ports, sockets))?;
         self.number(offset_of!(Config, mask_ports_first), pair(*mask_ports_first, *mask_ports_count))?;
+        let reserved = pair(*reserved_ports_first, *reserved_ports_count);
+        self.number(offset_of!(Config, reserved_ports_first), reserved)?;
         let lists = [
             (offset_of!(Config, service_cidrs), service_cidrs),
             (offset_of!(Config, cluster_cidrs), cluster_cidrs),

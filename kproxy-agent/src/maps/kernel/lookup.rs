@@ -161,6 +161,8 @@ impl KernelMaps {
             some_opted_out: bytes[offset_of!(Config, some_opted_out)],
             mask_ports_first: u32_of(offset_of!(Config, mask_ports_first)),
             mask_ports_count: u32_of(offset_of!(Config, mask_ports_count)),
+            reserved_ports_first: u32_of(offset_of!(Config, reserved_ports_first)),
+            reserved_ports_count: u32_of(offset_of!(Config, reserved_ports_count)),
             service_cidrs: cidrs(offset_of!(Config, service_cidrs)),
             cluster_cidrs: cidrs(offset_of!(Config, cluster_cidrs)),
         })

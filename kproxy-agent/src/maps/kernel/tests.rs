@@ -192,6 +192,8 @@ fn the_configuration_is_written_where_it_differs() {
         some_opted_out: 0,
         mask_ports_first: 30_000,
         mask_ports_count: 2_000,
+        reserved_ports_first: 31_000,
+        reserved_ports_count: 500,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };
@@ -239,6 +241,8 @@ fn bytes_of(config: &Config) -> Vec<u8> {
     bytes.extend(config.remember_peer.to_ne_bytes());
     bytes.extend([config.host_sockets_only, config.some_opted_out]);
     bytes.extend([config.mask_ports_first, config.mask_ports_count].into_iter().flat_map(u32::to_ne_bytes));
+    let reserved = [config.reserved_ports_first, config.reserved_ports_count];
+    bytes.extend(reserved.into_iter().flat_map(u32::to_ne_bytes));
     for cidr in config.service_cidrs.iter().chain(&config.cluster_cidrs) {
         bytes.extend(cidr.address().octets());
         bytes.extend(cidr.prefix_length().to_ne_bytes());
