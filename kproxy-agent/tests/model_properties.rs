@@ -263,6 +263,7 @@ fn side(side: &WantedSide, port: &WantedPort) -> naive::Side {
         backends: port.backends[run].iter().map(|backend| (backend.address, backend.port)).collect(),
         masquerade: side.options & (Options::MASQUERADE | Options::MASQUERADE_REMOTE),
         affinity: side.options & Options::AFFINITY != 0,
+        is_local: side.options & Options::LOCAL_SET != 0,
     }
 }
 

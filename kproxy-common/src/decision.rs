@@ -6,7 +6,7 @@
 
 use crate::{
     Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
-    Protocol, Reason, ServiceIdentity, Side, elapsed,
+    Protocol, Reason, ServiceIdentity, Side, TrafficPolicy, elapsed,
 };
 
 /// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
@@ -184,8 +184,8 @@ pub fn resolve<T: Tables>(tables: &T, connection: &Connection) -> Resolution {
     Resolution::Balance(Balance { number, side })
 }
 
-/// Picks a backend: the one that this client went to last, if the Service has affinity and it is still in
-/// the set in force; else the one that `pick`, uniform over all 32-bit numbers, falls on.
+/// Picks a backend: one that this client went to before, if the Service has affinity and it is still in the
+/// set in force; else the one that `pick`, uniform over all 32-bit numbers, falls on.
 #[inline(always)]
 pub fn choose<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u32) -> Option<Choice> {
     let slot = if balance.side.has(Options::AFFINITY) {
@@ -275,77 +275,122 @@ fn spread(balance: &Balance, pick: u32) -> u32 {
     balance.side.first_slot().wrapping_add(offset as u32)
 }
 
+/// What [`slot_of_client`] says beside slots, which have 32 bits: the client has no backend.
+const NONE: u64 = u64::MAX;
+/// It has one, but not in the set in force.
+const ELSEWHERE: u64 = NONE - 1;
+
 /// The slot of the backend that this client went to last, or of another that it is bound to from now on; beyond 32
 /// bits where there is none. `client` is the key without its Service. A function of its own, so that its stack is
 /// not needed at the same time as its callers'; and no type with data in its signature but structures, since BTF
 /// knows no others.
+///
+/// A client keeps one backend for the cluster set and one for the local set. The one of the set in force counts first;
+/// then the other, where that is in this set too.
 #[inline(never)]
 fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityKey, pick: u32) -> u64 {
     let Some(identity) = tables.identity(balance.number) else {
-        return u64::MAX;
+        return NONE;
     };
-    let service = identity.service();
-    let key = AffinityKey { service, ..*client };
-    let now = tables.now();
-    let mut keep = false;
-    // One value for what was read and what is written: two do not fit beside a caller's stack.
-    let mut value =
-        AffinityValue { address: key.client, port: 0, joined: 0, service: 0, slot: 0, last_used: 0 };
-    if let Some(last) = tables.affinity(&key) {
-        value = last;
-    }
-    let timeout = u64::from(identity.affinity_timeout()) * 1_000_000_000;
-    if value.service == service
-        && elapsed(now, value.last_used) <= timeout
-        && let Some(block) = tables.block(balance.number)
-    {
-        let wanted = Wanted {
-            address: value.address,
-            port: value.port as u16,
-            service,
-            hint: value.slot,
-            first: block.first_slot(),
-            count: block.in_sets(),
-        };
-        if let Some(slot) = tables.locate(&wanted)
-            && tables.backend(slot).is_some_and(|backend| backend.joined() == value.joined)
-        {
-            let in_force = slot.wrapping_sub(balance.side.first_slot()) < u32::from(balance.side.count());
-            if in_force {
-                value.slot = slot;
-                value.last_used = now;
-                tables.remember(&key, &value);
-                return u64::from(slot);
-            }
-            // Only in the set of the other side: passed over, not forgotten.
-            keep = true;
+    let is_local = balance.side.has(Options::LOCAL_SET);
+    let mut key = AffinityKey { service: identity.service(), set: set(!is_local), ..*client };
+    let mut other = NONE;
+    let mut own = NONE;
+    let mut turn = 0;
+    while turn < 2 {
+        key.set = set(is_local == (turn == 0));
+        let found = slot_of_client(tables, balance, &key);
+        if found <= u64::from(u32::MAX) {
+            return found;
         }
+        (own, other) = (other, found);
+        turn += 1;
     }
     let slot = spread(balance, pick);
     let Some(backend) = tables.backend(slot) else {
-        return u64::MAX;
+        return NONE;
     };
-    if !keep {
-        value.address = backend.address();
-        value.port = u32::from(backend.port());
-        value.joined = backend.joined();
-        value.service = service;
-        value.slot = slot;
-        value.last_used = now;
-        tables.remember(&key, &value);
+    if own == ELSEWHERE && other == NONE {
+        // Only in the other set by now: kept as that one's.
+        key.set = set(is_local);
+        if let Some(value) = tables.affinity(&key) {
+            key.set = set(!is_local);
+            tables.remember(&key, &value);
+        }
     }
+    key.set = set(is_local);
+    let value = AffinityValue {
+        address: backend.address(),
+        port: u32::from(backend.port()),
+        joined: backend.joined(),
+        service: key.service,
+        slot,
+        last_used: tables.now(),
+    };
+    tables.remember(&key, &value);
     u64::from(slot)
 }
 
-/// The client as `affinity` knows it, without the Service.
+#[inline(always)]
+fn set(is_local: bool) -> TrafficPolicy {
+    if is_local { TrafficPolicy::Local } else { TrafficPolicy::Cluster }
+}
+
+/// The slot of the backend that stands under `key`, if it is in the set in force; it is remembered for longer then.
+/// Else [`ELSEWHERE`] where it is in the port's other set, and [`NONE`] where it is in none or its time is over.
+#[inline(never)]
+fn slot_of_client<T: Tables>(tables: &T, balance: &Balance, key: &AffinityKey) -> u64 {
+    let (Some(identity), Some(block)) = (tables.identity(balance.number), tables.block(balance.number))
+    else {
+        return NONE;
+    };
+    let Some(mut value) = tables.affinity(key) else {
+        return NONE;
+    };
+    let now = tables.now();
+    let timeout = u64::from(identity.affinity_timeout()) * 1_000_000_000;
+    if value.service != key.service || elapsed(now, value.last_used) > timeout {
+        return NONE;
+    }
+    let wanted = Wanted {
+        address: value.address,
+        port: value.port as u16,
+        service: key.service,
+        hint: value.slot,
+        first: block.first_slot(),
+        count: block.in_sets(),
+    };
+    let Some(slot) = tables.locate(&wanted) else {
+        return NONE;
+    };
+    if tables.backend(slot).is_none_or(|backend| backend.joined() != value.joined) {
+        return NONE;
+    }
+    if slot.wrapping_sub(balance.side.first_slot()) >= u32::from(balance.side.count()) {
+        return ELSEWHERE;
+    }
+    value.slot = slot;
+    value.last_used = now;
+    tables.remember(key, &value);
+    u64::from(slot)
+}
+
+/// The client as `affinity` knows it, without the Service and the set.
 #[inline(always)]
 fn affinity_client(client: &Client) -> AffinityKey {
-    if client.netns_cookie != 0 {
-        let cookie = client.netns_cookie;
-        let address = Address::from_words([0, 0, (cookie >> 32) as u32, cookie as u32]);
-        return AffinityKey { client: address, service: 0, by_namespace: 1 };
+    let key = AffinityKey {
+        client: client.address,
+        service: 0,
+        by_namespace: 0,
+        set: TrafficPolicy::Cluster,
+        _pad: 0,
+    };
+    if client.netns_cookie == 0 {
+        return key;
     }
-    AffinityKey { client: client.address, service: 0, by_namespace: 0 }
+    let cookie = client.netns_cookie;
+    let client = Address::from_words([0, 0, (cookie >> 32) as u32, cookie as u32]);
+    AffinityKey { client, by_namespace: 1, ..key }
 }
 
 /// The slot in which the backend stands now. The hint makes it one read in nearly every case: slots move only

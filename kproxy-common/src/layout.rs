@@ -346,6 +346,9 @@ impl Options {
     /// With [`Options::SOURCE_RANGES`]: they contain an address of this node, so that the host may use it. A socket
     /// has no source address yet when it is asked about.
     pub const HOST_IN_RANGES: u8 = 1 << 4;
+    /// The run of slots is the local set (internalTrafficPolicy or externalTrafficPolicy Local), not the cluster set:
+    /// a client with affinity has a backend for each.
+    pub const LOCAL_SET: u8 = 1 << 5;
 }
 
 /// What a frontend does for one side. Eight bytes, aligned, written by one store and read by one load, so
@@ -717,7 +720,7 @@ impl SourceRangeKey {
     }
 }
 
-/// Key of `affinity`: one client of one Service port.
+/// Key of `affinity`: one client of one Service port, and of which of its two sets.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct AffinityKey {
@@ -727,7 +730,11 @@ pub struct AffinityKey {
     /// [`ServiceIdentity::service`].
     pub service: u32,
     /// 1 if `client` holds a namespace cookie.
-    pub by_namespace: u32,
+    pub by_namespace: u8,
+    /// For which endpoint set the client was given the backend: that of policy Cluster, or that of policy Local.
+    pub set: TrafficPolicy,
+    /// Zero.
+    pub _pad: u16,
 }
 
 /// Value of `affinity`: where that client went last.

@@ -248,7 +248,8 @@ impl SideRule {
             TrafficPolicy::Cluster => sets.cluster,
             TrafficPolicy::Local => sets.local,
         };
-        let options = options | self.masquerade;
+        let is_local = if set == TrafficPolicy::Local { Options::LOCAL_SET } else { 0 };
+        let options = options | self.masquerade | is_local;
         if count > 0 {
             return WantedSide { offset, count, mode: self.mode, options };
         }

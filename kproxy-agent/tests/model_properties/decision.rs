@@ -240,7 +240,7 @@ fn ask(
         (Resolution::Pass { .. }, Verdict::Pass)
         | (Resolution::Reject { .. }, Verdict::Reject)
         | (Resolution::Drop { .. }, Verdict::Drop) => {}
-        (Resolution::Balance(balance), Verdict::Forward(frontend, allowed)) => {
+        (Resolution::Balance(balance), Verdict::Forward(frontend, allowed, is_local)) => {
             let choice = choose(view, &balance, &client, pick);
             let Some(choice) = choice else {
                 return Err(TestCaseError::fail(format!("{question:?}: no backend of {allowed:?}")));
@@ -253,7 +253,8 @@ fn ask(
             let free = Balance { side: without_affinity(&balance.side), ..balance };
             let dice = choose(view, &free, &client, pick).map(|choice| choice.backend);
             let dice = dice.map(|backend| (backend.address(), backend.port()));
-            let stays = affinity.stays((key, frontend), allowed, question.client, picked, now);
+            let stays = affinity.stays((key, frontend), (allowed, is_local), question.client, picked, now);
+            let stays = stays.map_err(|what| TestCaseError::fail(format!("{question:?}: {what}")))?;
             prop_assert_eq!(Some(picked), stays.or(dice), "{:?}, stays {:?}", question, stays);
         }
         (resolution, expected) => {
@@ -295,7 +296,7 @@ fn explained(
             Verdict::Pass => ("pass", BTreeSet::new()),
             Verdict::Reject => ("reject", BTreeSet::new()),
             Verdict::Drop => ("drop", BTreeSet::new()),
-            Verdict::Forward(frontend, allowed) => {
+            Verdict::Forward(frontend, allowed, _) => {
                 prop_assert_eq!(answer.affinity.unwrap_or(0), frontend.affinity_timeout, "{:?}", question);
                 let with_source = |at: &(Address, u16)| {
                     let is_local = frontend.here.contains(at);

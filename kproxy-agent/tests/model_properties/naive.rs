@@ -40,6 +40,8 @@ pub struct Side {
     pub backends: Backends,
     pub masquerade: u8,
     pub affinity: bool,
+    /// Whether it is the local set.
+    pub is_local: bool,
 }
 
 /// The Pods that are opted out of the socket hooks, and their addresses.
@@ -275,9 +277,10 @@ fn decide(
             (true, true) => Mode::Drop,
             (true, false) => Mode::Reject,
         };
-        Side { mode, backends, masquerade, affinity }
+        Side { mode, backends, masquerade, affinity, is_local: local_only }
     };
-    let leave = |mode| Side { mode, backends: Backends::new(), masquerade: 0, affinity: false };
+    let leave =
+        |mode| Side { mode, backends: Backends::new(), masquerade: 0, affinity: false, is_local: false };
     let passes = kind == FrontendKind::LoadBalancer && passes_through(config, service, external, is_proxy);
     let (inside, outside) = match kind {
         FrontendKind::ClusterIp

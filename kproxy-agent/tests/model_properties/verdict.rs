@@ -25,7 +25,8 @@ pub enum Verdict<'a> {
     Pass,
     Reject,
     Drop,
-    Forward(&'a Frontend, &'a Backends),
+    /// To one of these; of the local set, or of the cluster set.
+    Forward(&'a Frontend, &'a Backends, bool),
 }
 
 impl std::fmt::Debug for Verdict<'_> {
@@ -34,7 +35,9 @@ impl std::fmt::Debug for Verdict<'_> {
             Self::Pass => f.write_str("Pass"),
             Self::Reject => f.write_str("Reject"),
             Self::Drop => f.write_str("Drop"),
-            Self::Forward(frontend, allowed) => write!(f, "Forward to {allowed:?} of {}", frontend.service),
+            Self::Forward(frontend, allowed, _) => {
+                write!(f, "Forward to {allowed:?} of {}", frontend.service)
+            }
         }
     }
 }
@@ -63,7 +66,7 @@ pub fn verdict<'a>(
     match (is_passed, lets_in, side.backends.is_empty()) {
         (true, ..) => Verdict::Pass,
         (false, false, _) => Verdict::Drop,
-        (false, true, false) => Verdict::Forward(frontend, &side.backends),
+        (false, true, false) => Verdict::Forward(frontend, &side.backends, side.is_local),
         (false, true, true) if side.mode == Mode::Drop => Verdict::Drop,
         (false, true, true) => Verdict::Reject,
     }
@@ -172,53 +175,101 @@ fn answers_node_ports(config: &NodeConfig, world: &World, destination: &Address)
     is_named && !destination.is_loopback() && !is_cluster_ip
 }
 
+/// An endpoint's address and port.
+type At = (Address, u16);
+
 /// A Service port in one family.
 type Port = (ServiceKey, String, Protocol, bool);
 
-/// Where clients went last, and when: by client and Service port.
+/// Where clients went, and when last: by client, Service port, and whether it is the backend for the local set.
+///
+/// kube-proxy keeps a set of clients for each endpoint, and a chain for each of the two sets: there a client goes to the
+/// first endpoint of the chain that knows it, else to any, which knows it from then on. So this does, beside one rule
+/// of our own: of several endpoints that know a client, the one that it was given in this set comes first; and no more
+/// than two know it, one for each set.
 #[derive(Default)]
-pub struct Affinity(BTreeMap<(Address, Port), ((Address, u16), u64)>);
+pub struct Affinity {
+    clients: BTreeMap<(Address, Port, bool), (At, u64)>,
+    /// As in kube-proxy: which endpoints know a client, and since when it has not asked.
+    known: BTreeMap<(Address, Port, At), u64>,
+}
 
 impl Affinity {
     /// The tables have changed: whoever's backend has left every set of its port is free.
     pub fn keep(&mut self, frontends: &BTreeMap<FrontendKey, Frontend>) {
-        self.0.retain(|(_, port), (backend, _)| {
+        let stays = |port: &Port, backend: &(Address, u16)| {
             frontends.iter().any(|(key, frontend)| {
                 let is_in =
                     frontend.inside.backends.contains(backend) || frontend.outside.backends.contains(backend);
                 *port == port_of(key, frontend) && frontend.affinity_timeout > 0 && is_in
             })
-        });
+        };
+        self.clients.retain(|(_, port, _), (backend, _)| stays(port, backend));
+        self.known.retain(|(_, port, backend), _| stays(port, backend));
     }
 
-    /// Where the client stays at the second `now`, if these are the backends that are allowed; `None`: it goes where
-    /// the dice send it, to `picked`. From then on it stays there, unless it has another that is not allowed here.
+    /// Where the client stays at the second `now`, if these are the backends that are allowed, of the local set or of
+    /// the cluster set; `None`: it goes where the dice send it, to `picked`. From then on it stays there. An error
+    /// where kube-proxy would have sent it to another.
     pub fn stays(
         &mut self,
         (key, frontend): (&FrontendKey, &Frontend),
-        allowed: &Backends,
+        (allowed, is_local): (&Backends, bool),
         client: Address,
         picked: (Address, u16),
         now: u64,
-    ) -> Option<(Address, u16)> {
+    ) -> Result<Option<(Address, u16)>, String> {
         if frontend.affinity_timeout == 0 {
-            return None;
+            return Ok(None);
         }
-        let entry = (client, port_of(key, frontend));
-        match self.0.get_mut(&entry) {
-            Some((backend, last)) if now - *last <= u64::from(frontend.affinity_timeout) => {
-                // In no set of this side it is passed over, not forgotten.
-                let stays = allowed.contains(backend);
-                if stays {
-                    *last = now;
-                }
-                stays.then_some(*backend)
-            }
-            _ => {
-                self.0.insert(entry, (picked, now));
-                None
+        let port = port_of(key, frontend);
+        let is_young = |last: u64| now - last <= u64::from(frontend.affinity_timeout);
+        let stays = self.asks(&port, allowed, is_local, client, picked, now, is_young);
+        let is_clients = |of: &(Address, Port, (Address, u16))| of.0 == client && of.1 == port;
+        let candidates: Backends = self
+            .known
+            .iter()
+            .filter(|(of, last)| is_clients(of) && is_young(**last) && allowed.contains(&of.2))
+            .map(|(of, _)| of.2)
+            .collect();
+        let goes = stays.unwrap_or(picked);
+        if !candidates.is_empty() && !candidates.contains(&goes) {
+            return Err(format!("{client} goes to {goes:?}, and in kube-proxy to one of {candidates:?}"));
+        }
+        self.known.insert((client, port.clone(), goes), now);
+        let kept = [true, false].map(|set| self.clients.get(&(client, port.clone(), set)).map(|(at, _)| *at));
+        self.known.retain(|of, _| !is_clients(of) || kept.contains(&Some(of.2)));
+        Ok(stays)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step of the function above")]
+    fn asks(
+        &mut self,
+        port: &Port,
+        allowed: &Backends,
+        is_local: bool,
+        client: Address,
+        picked: (Address, u16),
+        now: u64,
+        is_young: impl Fn(u64) -> bool,
+    ) -> Option<(Address, u16)> {
+        let of = |set: bool| (client, port.clone(), set);
+        for set in [is_local, !is_local] {
+            if let Some((backend, last)) = self.clients.get_mut(&of(set))
+                && is_young(*last)
+                && allowed.contains(backend)
+            {
+                *last = now;
+                return Some(*backend);
             }
         }
+        // What it has of this set by now is perhaps only in the other, and is kept there if that has none.
+        let own = self.clients.insert(of(is_local), (picked, now)).filter(|(_, last)| is_young(*last));
+        let other = self.clients.get(&of(!is_local)).filter(|(_, last)| is_young(*last));
+        if let (Some(own), None) = (own, other) {
+            self.clients.insert(of(!is_local), own);
+        }
+        None
     }
 }
 
