@@ -412,8 +412,7 @@ impl Agent<'_> {
         let selection =
             Selection { only: self.args.devices.clone(), exclude: self.args.exclude_devices.clone() };
         self.attached_as = self.model.node_addresses().to_vec();
-        let node_addresses = self.node_addresses();
-        let wanted = devices::hooked(&self.devices, &selection, &node_addresses);
+        let wanted = devices::hooked(&self.devices, &selection);
         let all = self.devices.iter().map(|(index, device)| (*index, device.name.as_str()));
         self.attached.sweep(&wanted, all);
         // Before the programs that need them: a new interface's first packet is masqueraded.

@@ -161,7 +161,7 @@ pub struct NodeArgs {
     /// The node's own addresses [default: the Node object's, else its interfaces']
     #[arg(long, value_name = "IP", value_delimiter = ',', env = "KPROXY_NODE_ADDRESS")]
     pub node_address: Vec<IpAddr>,
-    /// Where pods live: sources within count as inside
+    /// Where the cluster's pods live: who asks a ClusterIP from elsewhere is masqueraded
     #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "KPROXY_CLUSTER_CIDR")]
     pub cluster_cidr: Vec<IpNet>,
     /// Where ClusterIPs come from [default: ServiceCIDR objects, where the API has them]
@@ -289,8 +289,10 @@ const EXPLAIN_HELP: &str = "\
 Without --manifests the maps of this node are read, in its network namespace; the agent need not run. With it nothing
 but the files is looked at: no root, no kernel, any machine; the flags of the agent below --manifests count only then.
 
-The client is the host if --from is one of the node's addresses or loopback; a pod if it lies in a cluster CIDR or, from
-the maps, behind a pod's interface; else it is outside.
+The client is the host if --from is one of the node's addresses or loopback. From the maps it is a pod if the programs
+know its interface as a pod's. From manifests it is a pod if it lies in a podCIDR of the Node, or in a cluster CIDR where
+the Node has no podCIDRs, unless an endpoint with its address or --from-node NAME says that it is on another node.
+Everyone else is outside, pods of other nodes too.
 
 --queries reads one JSON object a line, and answers each with one:
   {\"from\": \"10.244.1.7\", \"to\": \"198.51.100.10:80\", \"protocol\": \"tcp\"}
@@ -334,6 +336,10 @@ pub struct ExplainArgs {
     // Without the agent's environment variable: a shell in the agent's container asks about the maps.
     #[arg(long, value_name = "PATH", value_delimiter = ',')]
     pub manifests: Vec<PathBuf>,
+    /// With --manifests: on which node clients with an address in a cluster CIDR are [default: this one, unless
+    /// endpoints or the Node's podCIDRs say otherwise]
+    #[arg(long, value_name = "NAME", requires = "manifests")]
+    pub from_node: Option<String>,
     #[command(flatten)]
     pub node: NodeArgs,
     #[command(flatten)]

@@ -20,6 +20,8 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::programs::{DeviceMask, DeviceProgram};
 
+mod routes;
+
 /// Changes come in bursts (a pod's interface: five messages); they are looked at together.
 const SETTLE: Duration = Duration::from_millis(5);
 
@@ -43,6 +45,10 @@ pub struct Device {
     /// Those of them that are not for masking while there are others: secondary, temporary or deprecated ones, and single
     /// ones beside a network's, as addresses that move between nodes are.
     pub aside: BTreeSet<IpAddr>,
+    /// Those of them that stand for a network, not for themselves alone.
+    pub networks: BTreeSet<IpAddr>,
+    /// Whether a default route leads out by it, in any routing table.
+    pub has_default_route: bool,
 }
 
 /// All interfaces by index.
@@ -58,27 +64,43 @@ pub struct Selection {
 }
 
 /// The program variant of each interface that gets hooks.
-///
-/// A pod's interface is a pair that leads into another namespace and carries none of the node's own addresses
-/// (`node_addresses`), nor does the bridge that it is a port of: a node whose uplink is such a pair itself, as in nested
-/// clusters, keeps that for the outside.
-pub fn hooked(
-    devices: &Devices,
-    selection: &Selection,
-    node_addresses: &BTreeSet<IpAddr>,
-) -> BTreeMap<u32, (String, DeviceProgram)> {
+pub fn hooked(devices: &Devices, selection: &Selection) -> BTreeMap<u32, (String, DeviceProgram)> {
     devices
         .iter()
         .filter(|(_, device)| !device.is_loopback && !device.is_bridge)
         .filter(|(_, device)| selection.allows(&device.name))
         .filter_map(|(index, device)| {
-            let bridge = device.bridge.and_then(|bridge| devices.get(&bridge));
-            let is_of_pods = |device: &Device| device.addresses.is_disjoint(node_addresses);
-            let is_pod = device.leads_to_namespace && is_of_pods(device) && bridge.is_none_or(is_of_pods);
-            let program = DeviceProgram { has_ethernet_header: device.has_ethernet_header?, is_pod };
+            let program = DeviceProgram { has_ethernet_header: device.has_ethernet_header? };
             Some((*index, (device.name.clone(), program)))
         })
         .collect()
+}
+
+/// Whether pods of this node live behind an interface; behind a bridge, behind one of its ports.
+///
+/// A pod's interface is a pair that leads into another namespace. So may an uplink, as in kind and other nested clusters.
+/// That is known by what it is: neither an interface by which a default route leads out, nor one with an address of the
+/// node itself (`node_addresses`, as far as they are known), nor the port of such a bridge, leads to pods. Nor does a pair
+/// with an address in a network: what CNIs put on the node's end of a pod's pair is a gateway that stands for itself alone.
+/// The bridge of pods has the gateway of their network.
+pub fn leads_to_pods(devices: &Devices, index: u32, node_addresses: &BTreeSet<IpAddr>) -> bool {
+    let is_uplink =
+        |device: &Device| device.has_default_route || !device.addresses.is_disjoint(node_addresses);
+    let is_in_network = |device: &Device| device.networks.iter().any(|address| is_reachable(*address));
+    let is_pods = |device: &Device| {
+        let bridge = device.bridge.and_then(|bridge| devices.get(&bridge));
+        device.leads_to_namespace
+            && !is_uplink(device)
+            && !is_in_network(device)
+            && bridge.is_none_or(|bridge| !is_uplink(bridge))
+    };
+    match devices.get(&index) {
+        Some(device) if device.is_bridge => {
+            devices.values().any(|port| port.bridge == Some(index) && is_pods(port))
+        }
+        Some(device) => is_pods(device),
+        None => false,
+    }
 }
 
 /// Addresses on any interface, loopback devices included.
@@ -86,7 +108,7 @@ pub fn local_addresses(devices: &Devices) -> BTreeSet<IpAddr> {
     devices.values().flat_map(|device| device.addresses.iter().copied()).collect()
 }
 
-/// How clients are masked on each interface: with its address of each family that others can answer to; the node's own
+/// What programs must know of each interface: who lives behind it, and how clients are masked on it. That is with its address of each family that others can answer to; the node's own
 /// (`node_addresses`) if it is one of several. A bridge's port has the bridge's; what has none of a family borrows one of
 /// another interface, as routing would.
 pub fn masks(
@@ -125,6 +147,7 @@ pub fn masks(
                 v6: own(false).or(any_v6),
                 bridged_v4: is_beside_pods && !bridge_frames.filtered_v4,
                 bridged_v6: is_beside_pods && !bridge_frames.filtered_v6,
+                leads_to_pods: leads_to_pods(devices, *index, node_addresses),
             };
             (*index, mask)
         })
@@ -165,20 +188,42 @@ pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
     let (connection, handle, mut messages) =
         new_multicast_connection(&groups).context("cannot listen for changes of interfaces (rtnetlink)")?;
     tokio::spawn(connection);
+    let (routes_sender, mut routes_changed) = mpsc::channel(1);
+    tokio::spawn(routes::watch(routes_sender));
+    let mut default_routes = routes::default_routes(&handle).await?;
     let mut known: Option<Devices> = None;
     loop {
-        let now = list(&handle).await?;
+        let mut now = list(&handle).await?;
+        for (index, device) in &mut now {
+            device.has_default_route = default_routes.contains(index);
+        }
         if known.as_ref() != Some(&now) {
             if sender.send(now.clone()).await.is_err() {
                 return Ok(());
             }
             known = Some(now);
         }
-        if messages.next().await.is_none() {
-            anyhow::bail!("the kernel closed the rtnetlink socket");
-        }
+        let mut are_routes_stale = false;
+        let mut next = tokio::select! {
+            message = messages.next() => message.context("the kernel closed the rtnetlink socket")?.into(),
+            _ = routes_changed.recv() => {
+                are_routes_stale = true;
+                None
+            }
+        };
         let settled = Instant::now() + SETTLE;
-        while tokio::time::timeout_at(settled, messages.next()).await.is_ok_and(|message| message.is_some()) {
+        loop {
+            // A route goes without a word with the interface or the address that it depends on.
+            are_routes_stale |= next.is_some_and(|(message, _)| {
+                routes::interface_of(&message).is_some_and(|index| default_routes.contains(&index))
+            });
+            match tokio::time::timeout_at(settled, messages.next()).await {
+                Ok(Some(message)) => next = Some(message),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        if are_routes_stale {
+            default_routes = routes::default_routes(&handle).await?;
         }
     }
 }
@@ -224,6 +269,9 @@ pub async fn list(handle: &rtnetlink::Handle) -> Result<Devices> {
         });
         device.addresses.extend(address);
         let bits = if address.is_some_and(|address| address.is_ipv4()) { 32 } else { 128 };
+        if message.header.prefix_len < bits {
+            device.networks.extend(address);
+        }
         let later =
             AddressHeaderFlags::Secondary | AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative;
         if message.header.flags.intersects(later) || message.header.prefix_len == bits {
@@ -274,6 +322,8 @@ fn device(link: &LinkMessage) -> Device {
         leads_to_namespace: is_veth && has_peer_namespace,
         addresses: BTreeSet::new(),
         aside: BTreeSet::new(),
+        networks: BTreeSet::new(),
+        has_default_route: false,
     }
 }
 
@@ -317,6 +367,8 @@ mod tests {
             leads_to_namespace: true,
             addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
             aside: BTreeSet::new(),
+            networks: BTreeSet::new(),
+            has_default_route: false,
         }
     }
 
@@ -335,20 +387,45 @@ mod tests {
             (9, Device { bridge: Some(8), ..veth("nested", &[]) }),
         ]
         .into();
+        let hooked = hooked(&devices, &Selection::default());
+        let table: Vec<_> = hooked.values().map(|(name, p)| (name.as_str(), p.has_ethernet_header)).collect();
+        let expected =
+            [("uplink", true), ("cali1", true), ("vxlan0", true), ("wg0", false), ("nested", true)];
+        assert_eq!(table, expected);
         let node = ["192.0.2.11", "192.0.2.12"].map(|text| text.parse().unwrap()).into();
-        let hooked = hooked(&devices, &Selection::default(), &node);
-        let table: Vec<_> =
-            hooked.values().map(|(name, p)| (name.as_str(), p.has_ethernet_header, p.is_pod)).collect();
-        assert_eq!(
-            table,
-            [
-                ("uplink", true, false),
-                ("cali1", true, true),
-                ("vxlan0", true, false),
-                ("wg0", false, false),
-                ("nested", true, false)
-            ]
-        );
+        let pods: Vec<_> = hooked.keys().filter(|index| leads_to_pods(&devices, **index, &node)).collect();
+        assert_eq!(pods, [&3]);
+    }
+
+    /// Where nobody says which addresses are the node's.
+    #[test]
+    fn an_uplink_is_known_by_what_it_is() {
+        let with_network = |name: &str, address: &str| Device {
+            networks: [address.parse().unwrap()].into(),
+            ..veth(name, &[address])
+        };
+        let bridge = |name: &str, address: &str| Device { is_bridge: true, ..with_network(name, address) };
+        let port = |name: &str, bridge: u32| Device { bridge: Some(bridge), ..veth(name, &[]) };
+        let devices: Devices = [
+            // kind's, and one in another of Docker's networks.
+            (1, Device { has_default_route: true, ..with_network("eth0", "172.18.0.2") }),
+            (2, with_network("eth1", "172.19.0.2")),
+            // A node that is a pod of another cluster's routed CNI.
+            (3, Device { has_default_route: true, ..veth("eth2", &["10.42.0.7"]) }),
+            // Pods by a CNI without addresses, and by one with a gateway on each pair.
+            (4, Device { networks: ["fe80::1".parse().unwrap()].into(), ..veth("cali1", &["fe80::1"]) }),
+            (5, veth("veth1", &["10.244.1.1"])),
+            // Pods on a bridge, and an uplink that is a bridge's port.
+            (6, bridge("cni0", "10.244.2.1")),
+            (7, port("veth2", 6)),
+            (8, Device { has_default_route: true, ..bridge("br0", "192.0.2.12") }),
+            (9, port("nested", 8)),
+            (10, Device { leads_to_namespace: false, ..port("vxlan1", 6) }),
+        ]
+        .into();
+        let pods: Vec<_> =
+            devices.keys().filter(|index| leads_to_pods(&devices, **index, &BTreeSet::new())).collect();
+        assert_eq!(pods, [&4, &5, &6, &7]);
     }
 
     #[test]

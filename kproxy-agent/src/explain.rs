@@ -13,7 +13,7 @@ use anyhow::Result;
 use kproxy_common::{
     Backend, Balance, Client, ClientKind, Connection, FrontendKey, FrontendKind, Options, PacketMeta,
     PacketVerdict, Piece, Protocol, Resolution, ServiceInfo, Side, SocketCall, SocketVerdict, Tables,
-    TcpFlags, TrafficPolicy, choose, client_of, is_masked, new_egress, resolve, socket_connection,
+    TcpFlags, TrafficPolicy, choose, is_masked, new_egress, resolve, socket_connection,
 };
 
 pub use self::{
@@ -88,12 +88,12 @@ struct Matched {
 pub fn explain(ground: &impl Ground, query: &Query) -> Result<Answer> {
     let tables = ground.tables();
     let place = ground.place(query);
-    let mut answer = Answer::new(query, client_of(&tables, place.behind, &query.from), &place);
+    let kind = place.behind;
+    let mut answer = Answer::new(query, kind, &place);
     // What a socket asks for; no packet of anyone else's is addressed like this.
     let asked = query.to;
     let is_socket = place.behind != ClientKind::Outside;
     let query = &Query { to: if is_socket { asked.or_loopback() } else { asked }, ..*query };
-    let kind = client_of(&tables, place.behind, &query.from);
     let client = Client { kind, address: query.from, netns_cookie: 0 };
     let connection = Connection { client, destination: query.to, port: query.port, protocol: query.protocol };
     let resolution = resolve(&tables, &connection);
@@ -236,7 +236,8 @@ fn backends(
     // A socket that was translated sends packets from the client to the backend, which nobody touches.
     let is_masked = |backend: &Backend| {
         way == Way::Packet
-            && (is_masked(&side, backend, place.behind, &client.address) || backend.is_local() && beside_pods)
+            && (is_masked(tables, &side, backend, place.behind, &client.address)
+                || backend.is_local() && beside_pods)
     };
     let answer = |backend: &Backend| BackendAnswer {
         address: std::net::SocketAddr::new(backend.address().into(), backend.port()),

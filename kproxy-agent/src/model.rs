@@ -211,6 +211,11 @@ impl Model {
         &self.config
     }
 
+    /// The Node's `spec.podCIDRs`: where pods of this node have their addresses, as far as that is known.
+    pub fn pod_cidrs(&self) -> &[Cidr] {
+        &self.node.pod_cidrs
+    }
+
     /// The addresses on its interfaces, as far as they were told.
     pub fn local_addresses(&self) -> &LocalAddresses {
         &self.local_addresses

@@ -100,6 +100,30 @@ fn one_question_in_every_format() {
 }
 
 #[test]
+fn on_which_node_a_pod_is_can_be_said() {
+    let folder = Folder::new("nodes");
+    let to = ["--to", "192.0.2.11:30080", "-o", "json"];
+    let client = |from: &str, node: &[&str]| {
+        let output = explain(folder.path(), &[&["--from", from][..], &to, node].concat()).output().unwrap();
+        let answer: Value = serde_json::from_str(&text(&output).0).unwrap_or_else(|_| panic!("{output:?}"));
+        (answer["client"].as_str().unwrap().to_owned(), answer["backends"].as_array().unwrap().len())
+    };
+    let (pod, outside) = (("pod".to_owned(), 2), ("outside".to_owned(), 1));
+    let (here, there) = (["--from-node", "node-a"], ["--from-node", "Node-B"]);
+    for (from, by_default) in [("10.244.1.7", &pod), ("10.244.2.7", &pod), ("10.244.2.5", &outside)] {
+        assert_eq!(client(from, &[]), *by_default, "{from}");
+        assert_eq!((client(from, &here), client(from, &there)), (pod.clone(), outside.clone()), "{from}");
+    }
+    assert_eq!(client("198.51.100.1", &here), outside);
+    // The Node's podCIDRs know it better than the cluster CIDR.
+    let node = OBJECTS
+        .replace("metadata: {name: node-a}", "metadata: {name: node-a}\nspec: {podCIDRs: [10.244.1.0/24]}");
+    fs::write(folder.path().join("objects.yaml"), node).unwrap();
+    assert_eq!((client("10.244.1.7", &[]), client("10.244.2.7", &[])), (pod.clone(), outside.clone()));
+    assert_eq!(client("10.244.2.7", &here), pod);
+}
+
+#[test]
 fn sockets_of_pods_are_left_alone_where_the_flag_says_so() {
     let folder = Folder::new("hooks");
     for (hooks, from, way) in [

@@ -261,7 +261,8 @@ fn side(side: &WantedSide, port: &WantedPort) -> naive::Side {
     naive::Side {
         mode: side.mode,
         backends: port.backends[run].iter().map(|backend| (backend.address, backend.port)).collect(),
-        masquerade: side.options & (Options::MASQUERADE | Options::MASQUERADE_REMOTE),
+        masquerade: side.options
+            & (Options::MASQUERADE | Options::MASQUERADE_REMOTE | Options::MASQUERADE_OFF_CLUSTER),
         affinity: side.options & Options::AFFINITY != 0,
         is_local: side.options & Options::LOCAL_SET != 0,
     }

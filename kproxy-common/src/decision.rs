@@ -70,11 +70,11 @@ pub struct Wanted {
 /// Where a client is, seen from this node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ClientKind {
-    /// A pod of this node, or any source within `--cluster-cidr`.
+    /// A pod of this node, by its interface or its cgroup.
     Pod,
     /// A process in the host's network namespace.
     Host,
-    /// Everyone else.
+    /// Everyone else, pods of other nodes too.
     Outside,
 }
 

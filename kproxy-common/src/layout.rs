@@ -3,7 +3,7 @@
 //! Ports are in host order (a dump then shows 80, not 20480), addresses are in network order, structures
 //! have no implicit padding. Whatever changes the meaning of a byte raises [`LAYOUT_VERSION`].
 
-use crate::{Address, Cidr};
+use crate::{Address, Cidr, ClientKind};
 
 /// The version of everything in this module; stored in the `owner` map and compared before maps are adopted.
 pub const LAYOUT_VERSION: u32 = 4;
@@ -69,7 +69,7 @@ pub mod map_names {
     pub const CONFIG: &str = "config";
     /// Hash, [`DeviceKey`](super::DeviceKey) to [`DeviceAddresses`](super::DeviceAddresses). Written by the agent,
     /// inserting and deleting only: what changes is inserted under the other copy before it is deleted. A miss under
-    /// both: clients are not masked there, their packets are dropped.
+    /// both: clients behind it are outside, and not masked there: their packets are dropped.
     pub const DEVICE: &str = "device";
     /// Hash, SO_NETNS_COOKIE of a pod's network namespace (u64) to [`OptedOut`](super::OptedOut). Written by the agent,
     /// inserting and deleting only. A miss: the socket hooks serve the pod.
@@ -258,6 +258,16 @@ wire_enum! {
     }
 }
 
+wire_enum! {
+    /// Who lives behind an interface.
+    Behind {
+        /// Anyone: it is an uplink, a tunnel, or nobody knows what.
+        Outside = 0,
+        /// Pods of this node.
+        Pods = 1,
+    }
+}
+
 /// Key of `frontend`: where a Service listens. NodePorts stand under the unspecified address of their
 /// family, in a scope of their own, since the node's addresses change without the Service knowing.
 #[repr(C, align(4))]
@@ -349,6 +359,8 @@ impl Options {
     /// The run of slots is the local set (internalTrafficPolicy or externalTrafficPolicy Local), not the cluster set:
     /// a client with affinity has a backend for each.
     pub const LOCAL_SET: u8 = 1 << 5;
+    /// The client's address is masked unless it lies in `--cluster-cidr`.
+    pub const MASQUERADE_OFF_CLUSTER: u8 = 1 << 6;
 }
 
 /// What a frontend does for one side. Eight bytes, aligned, written by one store and read by one load, so
@@ -830,7 +842,7 @@ pub struct Config {
     pub reserved_ports_count: u32,
     /// ServiceCIDRs: unallocated addresses inside are dropped.
     pub service_cidrs: [Cidr; MAX_CIDRS],
-    /// `--cluster-cidr`: sources that count as inside.
+    /// `--cluster-cidr`: sources that [`Options::MASQUERADE_OFF_CLUSTER`] leaves as they are.
     pub cluster_cidrs: [Cidr; MAX_CIDRS],
 }
 
@@ -864,7 +876,7 @@ pub struct DeviceKey {
     pub copy: u32,
 }
 
-/// Value of `device`: the addresses that clients are masked with on an interface; unspecified where it has none
+/// Value of `device`: what an interface is, for the programs and for `kproxy explain`. The addresses that clients are masked with on an interface; unspecified where it has none
 /// of a family. And for which families its clients share a bridge with this node's pods whose frames pass netfilter
 /// by: 1 where they do, so that they are masked.
 #[repr(C)]
@@ -878,6 +890,21 @@ pub struct DeviceAddresses {
     pub bridged_v4: u32,
     /// Whether IPv6 clients share such a bridge.
     pub bridged_v6: u32,
+    /// Who lives behind it; behind a bridge, behind its ports.
+    pub behind: Behind,
+    /// Zero.
+    pub _pad: [u8; 3],
+}
+
+impl DeviceAddresses {
+    /// What the clients are whose packets come in by this interface.
+    #[inline(always)]
+    pub const fn clients(&self) -> ClientKind {
+        match self.behind {
+            Behind::Pods => ClientKind::Pod,
+            Behind::Outside => ClientKind::Outside,
+        }
+    }
 }
 
 /// Value of `opted_out`: which pod the socket hooks leave alone, by its addresses; unspecified where it has none of a
@@ -939,7 +966,7 @@ const _: () = {
     assert!(size_of::<ServiceInfo>() == 224);
     assert!(size_of::<Config>() == 48 + 2 * MAX_CIDRS * 20);
     assert!(size_of::<DeviceKey>() == 8);
-    assert!(size_of::<DeviceAddresses>() == 40);
+    assert!(size_of::<DeviceAddresses>() == 44);
     assert!(size_of::<OptedOut>() == 40);
     assert!(size_of::<Owner>() == 96);
 };

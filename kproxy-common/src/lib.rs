@@ -19,7 +19,7 @@ mod reason;
 mod socket;
 
 pub use address::{Address, Cidr};
-pub use arrival::{client_of, is_masked};
+pub use arrival::{in_cluster_cidr, is_masked};
 pub use clock::{elapsed, is_before};
 pub use crc32c::crc32c_change;
 pub use decision::{
@@ -29,10 +29,10 @@ pub use decision::{
 pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath};
 pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
 pub use layout::{
-    AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Block, Config, Counters,
-    DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope, InvalidLayout, LAYOUT_VERSION,
-    Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol, ServiceEntry,
-    ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
+    AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Behind, Block, Config,
+    Counters, DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope, InvalidLayout,
+    LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol,
+    ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,

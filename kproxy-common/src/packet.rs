@@ -77,6 +77,8 @@ pub trait FlowTables: Tables {
     fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64);
     /// The address, of the family of `like`, that clients are masked with on the interface `device`.
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address>;
+    /// Who lives behind the interface `device`: pods of this node, or anyone else where nothing is known of it.
+    fn clients_behind(&self, device: u32) -> ClientKind;
     /// Whether clients behind the interface `device` share a bridge with the backends of this node, which then answer
     /// them past the host (in the family of `like`).
     fn shares_bridge(&self, device: u32, like: &Address) -> bool;

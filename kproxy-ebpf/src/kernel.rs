@@ -243,6 +243,11 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn clients_behind(&self, device: u32) -> ClientKind {
+        addresses_of(device).map_or(ClientKind::Outside, DeviceAddresses::clients)
+    }
+
+    #[inline(always)]
     fn shares_bridge(&self, device: u32, like: &Address) -> bool {
         let Some(addresses) = addresses_of(device) else {
             return false;

@@ -15,8 +15,8 @@ mod rewrite;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use kproxy_common::{
-    ClientKind, Hook, New, PacketVerdict, Quick, Reason, known_egress, known_ingress, new_egress,
-    new_ingress, on_icmp, open_ingress, quick_egress, quick_ingress,
+    Hook, New, PacketVerdict, Quick, Reason, known_egress, known_ingress, new_egress, new_ingress, on_icmp,
+    open_ingress, quick_egress, quick_ingress,
 };
 
 use self::{
@@ -48,22 +48,16 @@ enum Part {
     Drop = 10,
 }
 
-/// From strangers, on a device with Ethernet headers.
+/// Into any device with Ethernet headers.
 #[classifier]
-pub fn outside_in_eth(ctx: TcContext) -> i32 {
-    ingress(&ctx, ETHERNET_HEADER, ClientKind::Outside)
+pub fn in_eth(ctx: TcContext) -> i32 {
+    ingress(&ctx, ETHERNET_HEADER)
 }
 
-/// From strangers, on a device whose packets begin with the IP header.
+/// Into any device whose packets begin with the IP header.
 #[classifier]
-pub fn outside_in_ip(ctx: TcContext) -> i32 {
-    ingress(&ctx, 0, ClientKind::Outside)
-}
-
-/// From a pod of this node, on a device with Ethernet headers.
-#[classifier]
-pub fn pod_in_eth(ctx: TcContext) -> i32 {
-    ingress(&ctx, ETHERNET_HEADER, ClientKind::Pod)
+pub fn in_ip(ctx: TcContext) -> i32 {
+    ingress(&ctx, 0)
 }
 
 /// Out of any device with Ethernet headers.
@@ -93,7 +87,7 @@ pub fn in_new(ctx: TcContext) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
-    match new_ingress(&KERNEL, &parsed.meta, parsed.client) {
+    match new_ingress(&KERNEL, &parsed.meta, device(&ctx)) {
         New::Open(balance) => {
             parsed.balance = balance;
             call(&ctx, Part::InOpen)
@@ -112,7 +106,7 @@ pub fn in_open(ctx: TcContext) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
-    let verdict = open_ingress(&KERNEL, &parsed.meta, parsed.client, device(&ctx), &parsed.balance);
+    let verdict = open_ingress(&KERNEL, &parsed.meta, device(&ctx), &parsed.balance);
     apply(&ctx, parsed, verdict)
 }
 
@@ -183,12 +177,12 @@ pub fn out_icmp(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn ingress(ctx: &TcContext, network: u32, client: ClientKind) -> i32 {
-    let Some(parsed) = Parsed::new(network, client) else {
+fn ingress(ctx: &TcContext, network: u32) -> i32 {
+    let Some(parsed) = Parsed::new(network, Hook::Ingress) else {
         return next(Reason::TableError);
     };
     match parse::quick(ctx, parsed) {
-        Ok(()) => match quick_ingress(&KERNEL, &parsed.meta, client) {
+        Ok(()) => match quick_ingress(&KERNEL, &parsed.meta) {
             Quick::Verdict(verdict) => apply_quickly(ctx, parsed, verdict),
             Quick::Known => call(ctx, Part::InKnown),
             Quick::New => call(ctx, Part::InNew),
@@ -201,7 +195,7 @@ fn ingress(ctx: &TcContext, network: u32, client: ClientKind) -> i32 {
 
 #[inline(always)]
 fn egress(ctx: &TcContext, network: u32) -> i32 {
-    let Some(parsed) = Parsed::new(network, ClientKind::Host) else {
+    let Some(parsed) = Parsed::new(network, Hook::Egress) else {
         return next(Reason::TableError);
     };
     match parse::quick(ctx, parsed) {

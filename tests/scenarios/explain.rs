@@ -82,7 +82,7 @@ fn explain(ctx: &Context, cni: Cni) -> Result<()> {
 
     let mut steps = Steps::new();
     steps.step("the client is told by its interface, without any flag", || {
-        for (from, expected) in [(a1, "pod"), (client, "outside"), (node, "host"), (b1, "pod")] {
+        for (from, expected) in [(a1, "pod"), (client, "outside"), (node, "host"), (b1, "outside")] {
             let answer = ask(&cluster, from, (passed.cluster_ip(Family::V4), 80))?;
             ensure!(answer["client"] == expected, "{from} is no {expected}: {answer:#}");
         }

@@ -50,6 +50,7 @@ mod traceroute;
 mod tunnels;
 mod udp;
 mod unseen;
+mod uplinks;
 mod workers;
 
 use std::process::ExitCode;
@@ -102,6 +103,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, input::SCENARIOS),
     (kproxy, devices::SCENARIOS),
     (kproxy, local_addresses::SCENARIOS),
+    (kproxy, uplinks::SCENARIOS),
     (kproxy, bridges::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),

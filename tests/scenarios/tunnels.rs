@@ -50,7 +50,7 @@ fn tunnel(lab: &Lab, one: &Member, other: &Member) -> Result<TunLink> {
     let node = lab.node("node-a")?;
     eventually("programs for packets without an Ethernet header", || {
         let names = packet_programs(node, TUNNEL)?;
-        Ok((names == ["outside_in_ip", "out_ip"]).then_some(()))
+        Ok((names == ["in_ip", "out_ip"]).then_some(()))
     })?;
     Ok(link)
 }

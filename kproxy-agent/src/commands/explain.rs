@@ -37,7 +37,8 @@ pub fn run(common: &Common, args: &ExplainArgs) -> Result<()> {
         loopback_node_ports: !args.rules.disable_loopback_nodeports,
         host_sockets_only: args.rules.socket_hooks == SocketHooks::Host,
     };
-    let planned = Planned::new(&model, hooks, capacity());
+    let from_node = args.from_node.as_ref().map(|name| name.trim().to_lowercase());
+    let planned = Planned::new(&model, hooks, capacity()).with_clients_on(from_node);
     for failed in planned.failed() {
         tracing::warn!("not in the tables: {failed}");
     }

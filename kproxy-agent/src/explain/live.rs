@@ -4,9 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result};
 use futures::TryStreamExt as _;
-use kproxy_common::{
-    Address, AddressKind, ClientKind, FrontendKey, ServiceInfo, Tables as _, TrafficPolicy, client_of,
-};
+use kproxy_common::{ClientKind, DeviceAddresses, FrontendKey, ServiceInfo, TrafficPolicy};
 use rtnetlink::{
     RouteMessageBuilder, new_connection,
     packet_route::route::{RouteAttribute, RouteType},
@@ -51,9 +49,9 @@ impl<'a> Live<'a> {
         Lookup::new(self.maps, &self.error)
     }
 
-    /// The interface by which packets go to `address`; `None` if it is this node's own. An error where there is
-    /// no route.
-    fn interface_to(&self, address: IpAddr) -> Result<Option<&Device>> {
+    /// The interface by which packets go to `address`, and its index; `None` if it is this node's own. An error where
+    /// there is no route.
+    fn interface_to(&self, address: IpAddr) -> Result<Option<(u32, &Device)>> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         let message = RouteMessageBuilder::<IpAddr>::new().destination_prefix(address, bits)?.build();
         let route =
@@ -66,17 +64,16 @@ impl<'a> Live<'a> {
             RouteAttribute::Oif(index) => Some(*index),
             _ => None,
         });
-        let device = index.and_then(|index| self.devices.get(&index));
+        let device = index.and_then(|index| Some((index, self.devices.get(&index)?)));
         device.map(Some).context("the route names no interface")
     }
 
-    /// Whether pods of this node are behind `device`: a pair into another namespace, or a bridge over such, that
-    /// has none of the addresses which NodePorts answer on.
-    fn leads_to_pods(&self, device: &Device) -> bool {
-        let lookup = self.lookup();
-        let is_node_address =
-            |address: &IpAddr| lookup.address(&Address::from(*address)) == Some(AddressKind::NodePort);
-        (device.leads_to_namespace || device.is_bridge) && !device.addresses.iter().any(is_node_address)
+    /// What the programs know of an interface.
+    fn known(&self, index: u32) -> Option<DeviceAddresses> {
+        self.device.get(index).unwrap_or_else(|error| {
+            self.error.borrow_mut().get_or_insert(error);
+            None
+        })
     }
 }
 
@@ -105,36 +102,29 @@ impl Ground for Live<'_> {
         if own.contains(&from) {
             return place(ClientKind::Host, "an address of this node".to_owned());
         }
-        let is_pod = client_of(&self.lookup(), ClientKind::Outside, &query.from) == ClientKind::Pod;
-        let in_cidr = if is_pod { ", in a cluster CIDR" } else { "" };
         match self.interface_to(from) {
             Ok(None) => place(ClientKind::Host, "an address of this node".to_owned()),
-            Ok(Some(device)) if self.leads_to_pods(device) => {
-                place(ClientKind::Pod, format!("a pod of this node, behind {}", device.name))
-            }
-            Ok(Some(device)) => place(ClientKind::Outside, format!("behind {}{in_cidr}", device.name)),
-            Err(error) if is_pod => {
-                place(ClientKind::Pod, format!("in a cluster CIDR, taken to be on this node: {error:#}"))
-            }
+            // As the programs have it. Behind a bridge they know who is behind its ports.
+            Ok(Some((index, device))) => match self.known(index).map(|known| known.clients()) {
+                Some(ClientKind::Pod) => {
+                    place(ClientKind::Pod, format!("a pod of this node, behind {}", device.name))
+                }
+                _ => place(ClientKind::Outside, format!("behind {}", device.name)),
+            },
             Err(error) => place(ClientKind::Outside, format!("no route to it: {error:#}")),
         }
     }
 
     fn shares_bridge(&self, query: &Query) -> bool {
-        let Ok(Some(way)) = self.interface_to(query.from.into()) else { return false };
-        let is_bridged = |index: &u32| match self.device.shares_bridge(*index, query.from.is_v4()) {
-            Ok(is_bridged) => is_bridged,
-            Err(error) => {
-                self.error.borrow_mut().get_or_insert(error);
-                false
-            }
+        let Ok(Some((bridge, _))) = self.interface_to(query.from.into()) else { return false };
+        let is_bridged = |index: u32| {
+            self.known(index).is_some_and(|known| match query.from.is_v4() {
+                true => known.bridged_v4 != 0,
+                false => known.bridged_v6 != 0,
+            })
         };
         // A route leads to the bridge, the packet comes in by one of its ports.
-        let bridge =
-            self.devices.iter().find(|(_, device)| std::ptr::eq(*device, way)).map(|(index, _)| *index);
-        let ports =
-            self.devices.iter().filter(|(_, device)| device.bridge.is_some() && device.bridge == bridge);
-        ports.map(|(index, _)| index).any(is_bridged)
+        self.devices.iter().any(|(index, device)| device.bridge == Some(bridge) && is_bridged(*index))
     }
 
     fn left_out(&self, _: &ServicePort, _: TrafficPolicy) -> Option<Vec<LeftOut>> {

@@ -5,7 +5,7 @@ use std::{cell::OnceCell, collections::HashMap, time::SystemTime};
 use anyhow::Result;
 use kproxy_common::{
     Address, AddressKind, Cidr, ClientKind, Config, FrontendKey, MAX_CIDRS, ServiceInfo, Tables as _,
-    TrafficPolicy,
+    TrafficPolicy, in_cluster_cidr,
 };
 
 use super::{Ground, Place, Query, ServicePort};
@@ -33,6 +33,8 @@ pub struct Planned<'a> {
     elsewhere: OnceCell<HashMap<Address, &'a str>>,
     /// What could not be written, as `Service: why`.
     failed: Vec<String>,
+    /// The node that every client is on, as far as it is a pod.
+    from_node: Option<String>,
 }
 
 impl<'a> Planned<'a> {
@@ -48,7 +50,19 @@ impl<'a> Planned<'a> {
         let report = reconciler.run(&mut Memory::new(capacity), now);
         let failed = report.failed.into_iter().map(|(party, why)| format!("{party}: {why}")).collect();
         let config = config(model, hooks);
-        Self { model, tables: reconciler.into_tables(), config, elsewhere: OnceCell::new(), failed }
+        Self {
+            model,
+            tables: reconciler.into_tables(),
+            config,
+            elsewhere: OnceCell::new(),
+            failed,
+            from_node: None,
+        }
+    }
+
+    /// The same, where clients in cluster CIDRs are pods of this node, by its name.
+    pub fn with_clients_on(self, node: Option<String>) -> Self {
+        Self { from_node: node, ..self }
     }
 
     /// What does not fit into the tables, for people.
@@ -99,7 +113,7 @@ impl Ground for Planned<'_> {
         self.tables.frontends().map(|(key, number)| (*key, number)).collect()
     }
 
-    /// A client of a cluster CIDR counts as a pod of this node, unless it is an endpoint that says otherwise.
+    /// A client of a cluster CIDR, or of a podCIDR of the Node, is a pod: of this node, unless something says otherwise.
     fn place(&self, query: &Query) -> Place {
         let from = &query.from;
         let netns_cookie = self.cookies().find(|(_, addresses)| addresses.contains(from));
@@ -115,18 +129,31 @@ impl Ground for Planned<'_> {
         if is_own {
             return place(ClientKind::Host, "an address of this node");
         }
-        if kproxy_common::client_of(&tables, ClientKind::Outside, from) != ClientKind::Pod {
+        let own = self.model.config().node_name.as_str();
+        let is_in_own = self.model.pod_cidrs().iter().any(|cidr| is_in(cidr, from));
+        if !is_in_own && !in_cluster_cidr(&tables, from) {
             return place(ClientKind::Outside, "neither this node's address nor in a cluster CIDR");
         }
-        let own = self.model.config().node_name.as_str();
+        if let Some(node) = &self.from_node {
+            return match node == own {
+                true => place(ClientKind::Pod, "a pod of this node, as asked"),
+                false => place(ClientKind::Outside, &format!("a pod of the node {node}, as asked")),
+            };
+        }
+        if netns_cookie != 0 {
+            return place(ClientKind::Pod, "a Pod of this node");
+        }
         let elsewhere = self
             .elsewhere
             .get_or_init(|| self.model.endpoint_nodes().filter(|(_, node)| *node != own).collect());
-        match elsewhere.get(from) {
-            Some(node) => {
-                place(ClientKind::Outside, &format!("in a cluster CIDR, an endpoint on the node {node}"))
-            }
-            None => place(ClientKind::Pod, "in a cluster CIDR, taken to be on this node"),
+        if let Some(node) = elsewhere.get(from) {
+            return place(ClientKind::Outside, &format!("in a cluster CIDR, an endpoint on the node {node}"));
+        }
+        let has_own = self.model.pod_cidrs().iter().any(|cidr| cidr.address().is_v4() == from.is_v4());
+        match (is_in_own, has_own) {
+            (true, _) => place(ClientKind::Pod, "in a podCIDR of this node"),
+            (false, true) => place(ClientKind::Outside, "in a cluster CIDR, in no podCIDR of this node"),
+            (false, false) => place(ClientKind::Pod, "in a cluster CIDR, taken to be on this node"),
         }
     }
 
@@ -138,4 +165,9 @@ impl Ground for Planned<'_> {
     fn check(&self) -> Result<()> {
         Ok(())
     }
+}
+
+/// Whether an address lies in a prefix of its family.
+fn is_in(cidr: &Cidr, address: &Address) -> bool {
+    cidr.address().is_v4() == address.is_v4() && cidr.contains(address)
 }

@@ -101,7 +101,7 @@ fn forwarded(matched: &Matched, kind: ClientKind) -> String {
         (false, _) => format!("sends to any endpoint ({field}: Cluster)"),
         (true, true) => format!("sends to endpoints on this node only ({field}: Local)"),
         (true, false) => {
-            format!("sends clients inside the cluster to any endpoint, also under {field}: Local")
+            format!("sends clients on this node to any endpoint, also under {field}: Local")
         }
     };
     let passed = match matched.side.mode() {

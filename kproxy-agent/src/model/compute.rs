@@ -210,9 +210,10 @@ impl Rule {
         }
         let everyone = if config.masquerade_all { Options::MASQUERADE } else { 0 };
         let has_cluster_cidr = config.cluster_cidrs.iter().any(|c| c.address().is_v4() == is_v4(frontend));
-        // Where it is known what is inside, whoever is outside is masked, as kube-proxy does; where it is
-        // not, only those whose answers would otherwise take another way.
-        let strangers = if has_cluster_cidr { Options::MASQUERADE } else { Options::MASQUERADE_REMOTE };
+        // Where it is known which addresses are pods', whoever has another one is masked, as kube-proxy does; where it
+        // is not, only those whose answers would otherwise take another way.
+        let strangers =
+            if has_cluster_cidr { Options::MASQUERADE_OFF_CLUSTER } else { Options::MASQUERADE_REMOTE };
         let set = service.internal_policy;
         Self {
             inside: SideRule::forward(set, everyone),

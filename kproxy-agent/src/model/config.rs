@@ -11,7 +11,7 @@ pub struct NodeConfig {
     pub node_name: String,
     /// `--node-address`: the node's own addresses. A family without one takes the Node object's.
     pub node_addresses: Vec<Address>,
-    /// `--cluster-cidr`: sources within count as inside, so that everyone else can be masked.
+    /// `--cluster-cidr`: who asks a ClusterIP from elsewhere is masked.
     pub cluster_cidrs: Vec<Cidr>,
     /// `--service-cidr`; empty: what the ServiceCIDR objects say.
     pub service_cidrs: Vec<Cidr>,

@@ -154,6 +154,8 @@ pub struct Node {
     pub zone: Option<Box<str>>,
     /// Of each family the first InternalIP, else the first ExternalIP.
     pub addresses: Vec<Address>,
+    /// `spec.podCIDRs`, as far as they can be read: nothing that is served depends on them.
+    pub pod_cidrs: Vec<Cidr>,
 }
 
 impl Family {

@@ -37,19 +37,15 @@ pub enum Hook {
 pub struct DeviceProgram {
     /// Whether its packets begin with an Ethernet header; else with the IP header.
     pub has_ethernet_header: bool,
-    /// Whether a pod of this node lives behind it; else anyone may.
-    pub is_pod: bool,
 }
 
 impl DeviceProgram {
     fn name(self, hook: Hook) -> &'static str {
-        match (hook, self.has_ethernet_header, self.is_pod) {
-            (Hook::Ingress, true, true) => "pod_in_eth",
-            (Hook::Ingress, true, false) => "outside_in_eth",
-            // A pod behind a device without Ethernet header is told by --cluster-cidr.
-            (Hook::Ingress, false, _) => "outside_in_ip",
-            (Hook::Egress, true, _) => "out_eth",
-            (Hook::Egress, false, _) => "out_ip",
+        match (hook, self.has_ethernet_header) {
+            (Hook::Ingress, true) => "in_eth",
+            (Hook::Ingress, false) => "in_ip",
+            (Hook::Egress, true) => "out_eth",
+            (Hook::Egress, false) => "out_ip",
         }
     }
 }

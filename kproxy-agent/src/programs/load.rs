@@ -14,7 +14,7 @@ use aya::{
     maps::{Map, ProgramArray},
     programs::{Program, ProgramError, ProgramFd},
 };
-use kproxy_common::{Address, DeviceAddresses, PACKET_PARTS, Reason, map_names as names};
+use kproxy_common::{Address, Behind, DeviceAddresses, PACKET_PARTS, Reason, map_names as names};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{pins::Pins, refusal::Refusal};
@@ -141,16 +141,20 @@ pub struct DeviceMask {
     pub bridged_v4: bool,
     /// Whether IPv6 clients do.
     pub bridged_v6: bool,
+    /// Whether pods of this node live behind it.
+    pub leads_to_pods: bool,
 }
 
 impl From<DeviceMask> for DeviceAddresses {
     fn from(mask: DeviceMask) -> Self {
-        let DeviceMask { v4, v6, bridged_v4, bridged_v6 } = mask;
+        let DeviceMask { v4, v6, bridged_v4, bridged_v6, leads_to_pods } = mask;
         Self {
             v4: v4.map_or(Address::UNSPECIFIED_V4, Address::from),
             v6: v6.map_or(Address::UNSPECIFIED, Address::from),
             bridged_v4: bridged_v4.into(),
             bridged_v6: bridged_v6.into(),
+            behind: if leads_to_pods { Behind::Pods } else { Behind::Outside },
+            _pad: [0; 3],
         }
     }
 }

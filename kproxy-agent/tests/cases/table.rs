@@ -99,6 +99,7 @@ fn side(side: &WantedSide, port: &WantedPort) -> String {
         (Options::HOST_IN_RANGES, "HOST_IN_RANGES"),
         (Options::MASQUERADE, "MASQUERADE"),
         (Options::MASQUERADE_REMOTE, "MASQUERADE_REMOTE"),
+        (Options::MASQUERADE_OFF_CLUSTER, "MASQUERADE_OFF_CLUSTER"),
     ];
     for (bit, name) in names {
         if side.options & bit != 0 {

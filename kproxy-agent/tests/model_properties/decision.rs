@@ -11,7 +11,7 @@ use kproxy::model::{LeftOut, Model, NodeConfig, Update, parse};
 use kproxy::plan::{Capacity, Tables, View};
 use kproxy_common::{
     Address, Balance, Cidr, Client, ClientKind, Config, Connection, FrontendKey, MAX_CIDRS, Options,
-    Protocol, Resolution, ServiceInfo, Side, TrafficPolicy, choose, client_of, resolve,
+    Protocol, Resolution, ServiceInfo, Side, TrafficPolicy, choose, resolve,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -21,7 +21,7 @@ use crate::affine;
 use crate::generate::{self, Event, World};
 use crate::naive::{self, Frontend};
 use crate::runs;
-use crate::verdict::{Affinity, Question, Verdict, is_masked, kind, sent_unseen, verdict};
+use crate::verdict::{Affinity, Question, Verdict, is_masked, sent_unseen, verdict};
 
 pub const CAPACITY: Capacity =
     Capacity { frontends: 128, backends: 1_024, addresses: 64, source_ranges: 256 };
@@ -231,9 +231,7 @@ fn ask(
     affinity: &mut Affinity,
 ) -> Result<(), TestCaseError> {
     let expected = verdict(config, world, frontends, question);
-    let kind_here = client_of(view, question.behind, &question.client);
-    prop_assert_eq!(kind_here, kind(config, question));
-    let client = Client { kind: kind_here, address: question.client, netns_cookie: 0 };
+    let client = Client { kind: question.behind, address: question.client, netns_cookie: 0 };
     let Question { destination, port, protocol, .. } = *question;
     let resolution = resolve(view, &Connection { client, destination, port, protocol });
     match (resolution, expected) {

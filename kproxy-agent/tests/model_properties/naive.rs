@@ -294,7 +294,7 @@ fn decide(
         FrontendKind::ClusterIp => {
             // The only --cluster-cidr here is one of IPv4.
             let always = !config.cluster_cidrs.is_empty() && frontend.address().is_v4();
-            let mask = if always { Options::MASQUERADE } else { Options::MASQUERADE_REMOTE };
+            let mask = if always { Options::MASQUERADE_OFF_CLUSTER } else { Options::MASQUERADE_REMOTE };
             (to(internal, 0), to(internal, mask))
         }
         _ if passes => {

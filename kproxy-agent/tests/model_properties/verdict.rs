@@ -50,7 +50,7 @@ pub fn verdict<'a>(
     question: &Question,
 ) -> Verdict<'a> {
     let Question { client, destination, .. } = question;
-    let kind = kind(config, question);
+    let kind = question.behind;
     let Some(frontend) = asked(config, world, frontends, question) else {
         return without_frontend(config, world, destination);
     };
@@ -100,7 +100,7 @@ fn asked<'a>(
     let Question { destination, port, protocol, .. } = question;
     let exact = frontends.get(&FrontendKey::new(*destination, *port, *protocol));
     let node_port = || {
-        let is_loopback = destination.is_loopback() && kind(config, question) == ClientKind::Host;
+        let is_loopback = destination.is_loopback() && question.behind == ClientKind::Host;
         let key = FrontendKey::node_port(destination, *port, *protocol);
         frontends.get(&key).filter(|_| is_loopback || answers_node_ports(config, world, destination))
     };
@@ -110,25 +110,18 @@ fn asked<'a>(
 /// Whether the backend sees the node instead of the client.
 pub fn is_masked(config: &NodeConfig, frontend: &Frontend, question: &Question, is_local: bool) -> bool {
     let is_cluster_ip = frontend.kind == FrontendKind::ClusterIp;
-    // The only --cluster-cidr here is one of IPv4.
-    let knows_inside = !config.cluster_cidrs.is_empty() && question.client.is_v4();
-    let is_stranger = kind(config, question) == ClientKind::Outside;
+    // The only --cluster-cidr here: where it is known who is a pod of the cluster, everyone else is masked.
+    let pods: ipnet::IpNet = "10.244.0.0/16".parse().unwrap();
+    let is_no_pod = !config.cluster_cidrs.is_empty()
+        && question.client.is_v4()
+        && !pods.contains(&IpAddr::from(question.client));
     // No socket hook sees SCTP; the others' sockets on this node are at the endpoint from the start.
     let is_socket = question.protocol != Protocol::Sctp;
     match question.behind {
         ClientKind::Host if is_socket => false,
         ClientKind::Host | ClientKind::Pod => is_cluster_ip && config.masquerade_all,
-        ClientKind::Outside => {
-            !is_local || (is_cluster_ip && (config.masquerade_all || (knows_inside && is_stranger)))
-        }
+        ClientKind::Outside => !is_local || (is_cluster_ip && (config.masquerade_all || is_no_pod)),
     }
-}
-
-/// What the client is to the rules.
-pub fn kind(config: &NodeConfig, question: &Question) -> ClientKind {
-    let pods: ipnet::IpNet = "10.244.0.0/16".parse().unwrap();
-    let is_pod = !config.cluster_cidrs.is_empty() && pods.contains(&IpAddr::from(question.client));
-    if question.behind == ClientKind::Outside && is_pod { ClientKind::Pod } else { question.behind }
 }
 
 fn without_frontend<'a>(config: &NodeConfig, world: &World, destination: &Address) -> Verdict<'a> {

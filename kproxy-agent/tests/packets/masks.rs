@@ -9,7 +9,7 @@ use std::{
 };
 
 use kproxy::programs::Capacities;
-use kproxy_common::{DeviceAddresses, PacketVerdict, Protocol, Reason};
+use kproxy_common::{Behind, DeviceAddresses, PacketVerdict, Protocol, Reason};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
@@ -201,6 +201,8 @@ fn clients_are_masqueraded_while_addresses_change() {
             v6: who.ip(Family::V6).into(),
             bridged_v4: 0,
             bridged_v6: 0,
+            behind: Behind::Outside,
+            _pad: [0; 3],
         });
         let (mut map, index) = (world.device_map(), world.index(Device::Uplink));
         let is_over = AtomicBool::new(false);

@@ -202,8 +202,9 @@ impl State {
 
 /// What a Service with these policies offers to whom. Not what the plan computes: what the rules say.
 pub fn offer(endpoints: &[Who], is_cluster_ip: bool, is_local_policy: bool, client: Who) -> Option<Offer> {
-    let is_outside = matches!(client, Who::Client(_));
-    let hides_client = is_cluster_ip && is_outside;
+    // Pods of other nodes are outside; but they are pods of the cluster.
+    let is_outside = !matches!(client, Who::Here(_));
+    let hides_client = is_cluster_ip && matches!(client, Who::Client(_));
     let backends: Vec<Who> = if is_local_policy && !is_cluster_ip && is_outside {
         endpoints.iter().copied().filter(|who| matches!(who, Who::Here(_))).collect()
     } else {

@@ -115,11 +115,11 @@ const TABLE: &[Row] = &[
     // A pod that is its own backend sees the node, since it would take a packet from itself for a forged one.
     row(Here(5), ClusterIp(14), Hidden(&[Here(5)])),
     row(Here(5), NodePort(14), Hidden(&[Here(5)])),
-    // A pod of another node asks this one: inside, but what goes on to another node must come back this way.
+    // A pod of another node asks this one: outside, but no stranger to the cluster, who would be masked always.
     row(There(5), ClusterIp(1), Masked(BOTH)),
     row(There(5), NodePort(1), Masked(BOTH)),
-    row(There(5), NodePort(3), Masked(&[There(1)])),
-    row(There(5), NodePort(2), Masked(BOTH)),
+    row(There(5), NodePort(3), Drop(Reason::NoLocalEndpoints)),
+    row(There(5), NodePort(2), To(&[Here(1)])),
     // internalTrafficPolicy.
     row(Here(5), ClusterIp(8), Drop(Reason::NoLocalEndpoints)),
     row(Here(5), ClusterIp(11), To(&[Here(1)])),

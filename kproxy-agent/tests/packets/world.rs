@@ -24,9 +24,9 @@ use kproxy::{
     wanted::ServiceKey,
 };
 use kproxy_common::{
-    Address, Cidr, ClientKind, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict,
-    MAX_CIDRS, PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, elapsed, follow_fragment,
-    map_names, on_egress, on_icmp, on_ingress, on_other_protocol,
+    Address, Behind, Cidr, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict, MAX_CIDRS,
+    PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, elapsed, follow_fragment, map_names,
+    on_egress, on_icmp, on_ingress, on_other_protocol,
 };
 use nix::sched::{CloneFlags, unshare};
 
@@ -170,17 +170,18 @@ impl World {
         let of = |who: Who, family| Some(who.ip(family));
         let masks = addresses.clone().map(|(index, who)| {
             let (v4, v6) = (of(who, Family::V4), of(who, Family::V6));
-            (index, DeviceMask { v4, v6, ..DeviceMask::default() })
+            let leads_to_pods = index == devices[Device::Pod as usize];
+            (index, DeviceMask { v4, v6, leads_to_pods, ..DeviceMask::default() })
         });
         programs.masks(&masks.collect()).expect("the interfaces' addresses are written");
         let mut host = Flows::default();
         host.devices = addresses
             .map(|(index, who)| {
                 let of = |family| Address::from(who.ip(family));
-                (
-                    index,
-                    DeviceAddresses { v4: of(Family::V4), v6: of(Family::V6), bridged_v4: 0, bridged_v6: 0 },
-                )
+                let behind =
+                    if index == devices[Device::Pod as usize] { Behind::Pods } else { Behind::Outside };
+                let (v4, v6) = (of(Family::V4), of(Family::V6));
+                (index, DeviceAddresses { v4, v6, bridged_v4: 0, bridged_v6: 0, behind, _pad: [0; 3] })
             })
             .collect();
         Self {
@@ -309,10 +310,7 @@ impl World {
         self.host.now = self.host_now();
         let view: FlowView<'_> = self.host.over(self.reconciler.tables(), &self.config);
         match at {
-            At::In(device) => {
-                let client = if device == Device::Pod { ClientKind::Pod } else { ClientKind::Outside };
-                on_ingress(&view, meta, client, self.devices[device as usize])
-            }
+            At::In(device) => on_ingress(&view, meta, self.devices[device as usize]),
             At::Out(device) => on_egress(&view, meta, self.devices[device as usize]),
         }
     }
@@ -539,11 +537,8 @@ impl World {
 /// The program that runs at a hook.
 pub fn program(at: At, link: Link) -> &'static str {
     match (at, link) {
-        (At::In(Device::Pod), Link::Ethernet) => "pod_in_eth",
-        // Devices without an Ethernet header never lead to a pod.
-        (At::In(Device::Pod), Link::Ip) => panic!("no such program"),
-        (At::In(_), Link::Ethernet) => "outside_in_eth",
-        (At::In(_), Link::Ip) => "outside_in_ip",
+        (At::In(_), Link::Ethernet) => "in_eth",
+        (At::In(_), Link::Ip) => "in_ip",
         (At::Out(_), Link::Ethernet) => "out_eth",
         (At::Out(_), Link::Ip) => "out_ip",
     }

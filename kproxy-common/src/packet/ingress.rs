@@ -2,34 +2,29 @@
 
 use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, life, mask};
 use crate::{
-    Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose, client_of,
-    is_masked, resolve,
+    Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose, is_masked,
+    resolve,
 };
 
-/// A packet that comes in by the interface `device`, behind which clients of this kind live.
+/// A packet that comes in by the interface `device`.
 ///
 /// A flow keeps its backend while it lives. Only a TCP SYN, an SCTP INIT or a datagram opens one: what else has no flow
 /// passes.
 #[inline(always)]
-pub fn on_ingress<T: FlowTables>(
-    tables: &T,
-    packet: &PacketMeta,
-    client: ClientKind,
-    device: u32,
-) -> PacketVerdict {
-    match quick_ingress(tables, packet, client).of_any_form() {
+pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
+    match quick_ingress(tables, packet).of_any_form() {
         Quick::Verdict(verdict) => verdict,
         Quick::Known => known_ingress(tables, packet),
-        Quick::New => match new_ingress(tables, packet, client) {
+        Quick::New => match new_ingress(tables, packet, device) {
             New::Verdict(verdict) => verdict,
-            New::Open(balance) => open_ingress(tables, packet, client, device, &balance),
+            New::Open(balance) => open_ingress(tables, packet, device, &balance),
         },
     }
 }
 
 /// The first part of [`on_ingress`]: packets in the middle of a flow, and those that are nobody's business.
 #[inline(always)]
-pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> Quick {
+pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.flow(packet, Hook::Ingress) {
         if packet.tcp.changes_nothing() {
             life::note(tables, packet, Hook::Ingress, &flow);
@@ -54,7 +49,8 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: Cli
     if !packet.may_open() {
         return Quick::decided(Decision::pass(Reason::NoFlow));
     }
-    super::quick_stranger(tables, packet, client)
+    // Pods and strangers find the same frontends.
+    super::quick_stranger(tables, packet, ClientKind::Outside)
 }
 
 /// The part of [`on_ingress`] that is for packets of a flow, wherever in it they stand.
@@ -77,8 +73,8 @@ pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVe
 
 /// The part of [`on_ingress`] that is for packets without a flow, or that begin one anew.
 #[inline(always)]
-pub fn new_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: ClientKind) -> New {
-    let kind = client_of(tables, client, &packet.source);
+pub fn new_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> New {
+    let kind = tables.clients_behind(device);
     let decision = match resolve(tables, &packet.connection(kind)) {
         Resolution::Pass { reason, number } => {
             if let (Reason::PassThrough, Some(number), ClientKind::Outside) = (reason, number, kind) {
@@ -104,24 +100,18 @@ pub fn new_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, client: Clien
 pub fn open_ingress<T: FlowTables>(
     tables: &T,
     packet: &PacketMeta,
-    client: ClientKind,
     device: u32,
     balance: &Balance,
 ) -> PacketVerdict {
     // What a connection before it, from the same port, has left.
     life::retire(tables, packet, Hook::Ingress);
-    open(tables, packet, client, device, balance).into()
+    open(tables, packet, device, balance).into()
 }
 
 #[inline(always)]
-fn open<T: FlowTables>(
-    tables: &T,
-    packet: &PacketMeta,
-    behind_device: ClientKind,
-    device: u32,
-    balance: &Balance,
-) -> Decision {
-    let connection = packet.connection(client_of(tables, behind_device, &packet.source));
+fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, balance: &Balance) -> Decision {
+    let behind = tables.clients_behind(device);
+    let connection = packet.connection(behind);
     let Some(config) = tables.config() else {
         return Decision::pass(Reason::NotAService);
     };
@@ -129,7 +119,7 @@ fn open<T: FlowTables>(
         return Decision::drop(Reason::TableError);
     };
     let backend = &choice.backend;
-    let is_masked = is_masked(&balance.side, backend, behind_device, &packet.source)
+    let is_masked = is_masked(tables, &balance.side, backend, behind, &packet.source)
         || backend.is_local() && tables.shares_bridge(device, &packet.source);
     let inner_port = begin(tables, packet, &choice, balance.number, is_masked);
     if inner_port == 0 {

@@ -75,7 +75,7 @@ pub fn go_on(ctx: &TcContext, hook: Hook) -> i32 {
         return leave(ctx, parsed, verdict);
     }
     let (quick, known, new) = match hook {
-        Hook::Ingress => (quick_ingress(&KERNEL, &parsed.meta, parsed.client), Part::InKnown, Part::InNew),
+        Hook::Ingress => (quick_ingress(&KERNEL, &parsed.meta), Part::InKnown, Part::InNew),
         Hook::Egress => (quick_egress(&KERNEL, &parsed.meta), Part::OutKnown, Part::OutNew),
     };
     match quick.of_any_form() {

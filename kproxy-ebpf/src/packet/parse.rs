@@ -1,7 +1,7 @@
 //! What a packet's headers say.
 
 use aya_ebpf::programs::TcContext;
-use kproxy_common::{Address, Balance, ClientKind, PacketMeta, Piece, Protocol, Reason, TcpFlags};
+use kproxy_common::{Address, Balance, Hook, PacketMeta, Piece, Protocol, Reason, TcpFlags};
 
 use super::access::{reach, read};
 use crate::maps;
@@ -23,8 +23,8 @@ pub struct Parsed {
     pub network: u32,
     /// Where the transport header begins.
     pub transport: u32,
-    /// Who lives behind the interface; at egress, this host.
-    pub client: ClientKind,
+    /// At which hook it was read.
+    pub hook: Hook,
     /// Why it is refused, for the part that does so.
     pub reason: Reason,
     /// Among which backends it is balanced, for the part that opens flows.
@@ -54,10 +54,10 @@ impl Parsed {
 
     /// A packet of which nothing has been read yet.
     #[inline(always)]
-    pub fn new(network: u32, client: ClientKind) -> Option<&'static mut Self> {
+    pub fn new(network: u32, hook: Hook) -> Option<&'static mut Self> {
         let parsed = Self::get()?;
         parsed.network = network;
-        parsed.client = client;
+        parsed.hook = hook;
         Some(parsed)
     }
 

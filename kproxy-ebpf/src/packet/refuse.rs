@@ -16,7 +16,7 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use kproxy_common::{Address, ClientKind, Protocol, Reason};
+use kproxy_common::{Address, Hook, Protocol, Reason};
 
 use super::{
     access::{RewriteFailed, read, store, succeeded},
@@ -113,7 +113,7 @@ pub fn send_back(ctx: &TcContext, parsed: &Parsed) -> Result<i32, RewriteFailed>
         let [a, b, c, d, e, f] = read::<[u16; 6]>(ctx, 0).ok_or(RewriteFailed)?;
         store(ctx, 0, &[d, e, f, a, b, c], 0)?;
     }
-    let flags = if matches!(parsed.client, ClientKind::Host) { BPF_F_INGRESS.into() } else { 0 };
+    let flags = if matches!(parsed.hook, Hook::Egress) { BPF_F_INGRESS.into() } else { 0 };
     // SAFETY: the helper has no conditions.
     unsafe { bpf_redirect(device(ctx), flags) };
     Ok(TC_ACT_REDIRECT)

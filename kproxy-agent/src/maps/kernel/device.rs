@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use kproxy_common::{DeviceAddresses, DeviceKey, map_names};
+use kproxy_common::{Behind, DeviceAddresses, DeviceKey, map_names};
 
 use super::{
     MapError,
@@ -46,17 +46,16 @@ impl DeviceMap {
         Ok(Self { map, grace: Grace::default(), must_wait: false })
     }
 
-    /// Whether clients behind this interface share a bridge with pods of this node whose frames pass netfilter by, in
-    /// IPv4 or in IPv6; an interface that is not there does not.
-    pub fn shares_bridge(&self, index: u32, is_v4: bool) -> Result<bool, MapError> {
+    /// What is known of this interface.
+    pub fn get(&self, index: u32) -> Result<Option<DeviceAddresses>, MapError> {
         for copy in COPIES {
             let key = key_bytes(DeviceKey { interface: index, copy });
             let value = self.map.lookup(&key).map_err(failed(map_names::DEVICE))?;
             if let Some(addresses) = value.as_deref().and_then(value_from) {
-                return Ok(if is_v4 { addresses.bridged_v4 } else { addresses.bridged_v6 } != 0);
+                return Ok(Some(addresses));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Makes the map say this for each interface. A program finds the old or the new at any time: what changes is there
@@ -179,12 +178,13 @@ fn key_from(bytes: &[u8]) -> Option<DeviceKey> {
 }
 
 fn value_bytes(value: &DeviceAddresses) -> [u8; size_of::<DeviceAddresses>()] {
-    let DeviceAddresses { v4, v6, bridged_v4, bridged_v6 } = value;
+    let DeviceAddresses { v4, v6, bridged_v4, bridged_v6, behind, _pad } = value;
     let mut bytes = [0; size_of::<DeviceAddresses>()];
     bytes[offset_of!(DeviceAddresses, v4)..][..16].copy_from_slice(&v4.octets());
     bytes[offset_of!(DeviceAddresses, v6)..][..16].copy_from_slice(&v6.octets());
     bytes[offset_of!(DeviceAddresses, bridged_v4)..][..4].copy_from_slice(&bridged_v4.to_ne_bytes());
     bytes[offset_of!(DeviceAddresses, bridged_v6)..][..4].copy_from_slice(&bridged_v6.to_ne_bytes());
+    bytes[offset_of!(DeviceAddresses, behind)] = *behind as u8;
     bytes
 }
 
@@ -194,6 +194,8 @@ fn value_from(bytes: &[u8]) -> Option<DeviceAddresses> {
         v6: address_at(bytes, offset_of!(DeviceAddresses, v6))?,
         bridged_v4: u32_at(bytes, offset_of!(DeviceAddresses, bridged_v4))?,
         bridged_v6: u32_at(bytes, offset_of!(DeviceAddresses, bridged_v6))?,
+        behind: Behind::try_from(*bytes.get(offset_of!(DeviceAddresses, behind))?).ok()?,
+        _pad: [0; 3],
     })
 }
 
@@ -205,7 +207,14 @@ mod tests {
 
     fn value(number: u32) -> DeviceAddresses {
         let v4 = Address::from_v4_word(number);
-        DeviceAddresses { v4, v6: Address::UNSPECIFIED, bridged_v4: 0, bridged_v6: number & 1 }
+        DeviceAddresses {
+            v4,
+            v6: Address::UNSPECIFIED,
+            bridged_v4: 0,
+            bridged_v6: number & 1,
+            behind: if number & 2 == 0 { Behind::Outside } else { Behind::Pods },
+            _pad: [0; 3],
+        }
     }
 
     #[test]
@@ -290,7 +299,8 @@ mod tests {
         })
         .unwrap();
         assert_eq!(keys, [(DeviceKey { interface: 2, copy: 1 }, value(3))]);
-        assert!(map.shares_bridge(2, false).unwrap() && !map.shares_bridge(1, false).unwrap());
+        let is_bridged = |index| map.get(index).unwrap().map(|known| known.bridged_v6 != 0);
+        assert_eq!((is_bridged(2), is_bridged(1)), (Some(true), None));
     }
 
     /// A map of its own; none, with the reason printed, where the test may not make any.

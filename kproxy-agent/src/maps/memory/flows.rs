@@ -256,6 +256,10 @@ impl FlowTables for FlowView<'_> {
         (!address.is_unspecified()).then_some(address)
     }
 
+    fn clients_behind(&self, device: u32) -> ClientKind {
+        self.flows.devices.get(&device).map_or(ClientKind::Outside, DeviceAddresses::clients)
+    }
+
     fn shares_bridge(&self, device: u32, like: &Address) -> bool {
         self.flows.devices.get(&device).is_some_and(|addresses| {
             let bridged = if like.is_v4() { addresses.bridged_v4 } else { addresses.bridged_v6 };

@@ -33,7 +33,9 @@ pub fn node(node: &core::Node) -> Parsed<Node> {
     let first_of = |family| found.iter().map(|(_, ip)| *ip).find(|ip| Family::of(ip) == family);
     let addresses = Family::ALL.into_iter().filter_map(first_of).collect();
     let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
-    report.parsed(Node { zone, addresses })
+    let pods = node.spec.iter().flat_map(|spec| &spec.pod_cidrs).flatten();
+    let pod_cidrs = pods.filter_map(|text| cidr(text)).collect();
+    report.parsed(Node { zone, addresses, pod_cidrs })
 }
 
 /// The ranges of the ServiceCIDR `object`, which is called `name`.
