@@ -197,6 +197,7 @@ fn unserved(tables: &impl Tables, query: &Query) -> (Verdict, kproxy_common::Rea
         protocol: query.protocol,
         tcp: TcpFlags::default(),
         piece: Piece::Whole,
+        has_payload: false,
     };
     match new_egress(tables, &packet) {
         PacketVerdict::Pass { reason } => (Verdict::Pass, reason),

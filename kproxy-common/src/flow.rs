@@ -13,8 +13,20 @@
 //! Where another flow between the same client and backend has the client's port already (two frontends that lead to
 //! one backend), the request's source port is written as well, and the reply's destination port back: between the two
 //! hooks the client then has another port, its *inner* one.
+//!
+//! What a flow goes through is told by [`FlowState`] (its beginning) and [`Ends`] (its end). All its entries say the
+//! same. `store` moves entries between the two tables; `packet::life` says which packet does what.
+
+mod codec;
+mod lifetime;
+pub mod store;
+
+use core::mem::size_of;
 
 use crate::{Address, InvalidLayout, Protocol};
+
+pub use lifetime::{HURRIED_REST, NOTE_EVERY, QUIET, REST, is_over, lifetime};
+pub use store::{Action, FlowStore, FlowTable, Marks};
 
 macro_rules! flow_enum {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $number:literal,)* }) => {
@@ -63,7 +75,7 @@ flow_enum! {
 }
 
 flow_enum! {
-    /// How far a flow has come.
+    /// How far a flow has come. How it ends, [`Ends`] tells.
     FlowState {
         /// The backend has not answered yet.
         Opening = 1,
@@ -71,10 +83,56 @@ flow_enum! {
         Answered = 5,
         /// The client has answered the backend.
         Established = 2,
-        /// This direction has sent its TCP FIN.
-        Finished = 3,
-        /// Both directions have, or one has sent RST.
-        Closed = 4,
+    }
+}
+
+flow_enum! {
+    /// What one end of a flow has said about ending it.
+    FlowEnd {
+        /// Nothing: it goes on.
+        Open = 0,
+        /// It has sent its FIN.
+        Finished = 1,
+        /// It has sent RST.
+        Reset = 2,
+    }
+}
+
+/// What both ends of a flow have said about ending it, or strangers in their names: no hook sees whether a receiver
+/// takes a FIN or RST for what it says. So these only begin an end. Who goes on talking takes his back, and silence
+/// ends the flow.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ends {
+    /// What the client has said.
+    pub client: FlowEnd,
+    /// What the backend has said.
+    pub backend: FlowEnd,
+}
+
+impl Ends {
+    /// Nobody has said anything.
+    pub const OPEN: Self = Self { client: FlowEnd::Open, backend: FlowEnd::Open };
+    /// It was refused, or has made room for another flow.
+    pub const RESET: Self = Self { client: FlowEnd::Reset, backend: FlowEnd::Reset };
+
+    /// Whether both have ended it.
+    #[inline(always)]
+    pub const fn is_done(self) -> bool {
+        !matches!(self.client, FlowEnd::Open) && !matches!(self.backend, FlowEnd::Open)
+    }
+
+    /// Whether it is over if what was said is true: both have ended it, or one has broken it off.
+    #[inline(always)]
+    pub const fn is_closed(self) -> bool {
+        self.is_done() || matches!(self.client, FlowEnd::Reset) || matches!(self.backend, FlowEnd::Reset)
+    }
+
+    /// Whether one has finished while the other goes on.
+    #[inline(always)]
+    pub const fn is_half_closed(self) -> bool {
+        !self.is_closed()
+            && (matches!(self.client, FlowEnd::Finished) || matches!(self.backend, FlowEnd::Finished))
     }
 }
 
@@ -111,12 +169,11 @@ pub struct Flow {
     pub port: u16,
     /// The companion's port, host order.
     pub companion_port: u16,
-    /// How far the flow has come, in this direction.
+    /// How far the flow has come.
     pub state: FlowState,
     /// What this entry is for.
     pub role: Role,
-    /// Where the client has two ports, host order: of a request the inner one, of all others the client's own. 0 where
-    /// it has one.
+    /// The client's port, host order: of a request the inner one, of all others the client's own.
     pub client_port: u16,
     /// The frontend's number when the flow began.
     pub number: u32,
@@ -124,10 +181,12 @@ pub struct Flow {
     pub service: u32,
     /// Where the backend stood when the flow began.
     pub slot: u32,
+    /// Who has ended it.
+    pub ends: Ends,
     /// Zero.
-    pub _pad2: u32,
-    /// The last packet of this direction, in nanoseconds since boot; written about once a second. Of a connection that is
-    /// being opened or closed: when that began.
+    pub _pad2: u16,
+    /// The flow's last packet, in nanoseconds since boot; written about once a second. Of a connection that is being
+    /// opened or closed: when that began.
     pub last_seen: u64,
 }
 
@@ -156,6 +215,8 @@ pub struct Conversation {
     pub protocol: Protocol,
     /// How far it has come.
     pub state: FlowState,
+    /// Who has ended it.
+    pub ends: Ends,
     /// See [`Flow::number`].
     pub number: u32,
     /// See [`Flow::service`].
@@ -180,6 +241,7 @@ impl Conversation {
         inner_port: 0,
         protocol: Protocol::Tcp,
         state: FlowState::Opening,
+        ends: Ends::OPEN,
         number: 0,
         service: 0,
         slot: 0,
@@ -190,14 +252,13 @@ impl Conversation {
     /// [`write_entry`](Self::write_entry).
     #[inline(never)]
     pub fn read_entry(&mut self, key: &FlowKey, flow: &Flow) {
-        let other = flow.client_port;
         match flow.role {
             Role::Request => {
                 (self.client, self.client_port) = (key.source, key.source_port);
                 (self.frontend, self.frontend_port) = (key.destination, key.destination_port);
                 (self.backend, self.backend_port) = (flow.address, flow.port);
                 (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
-                self.inner_port = if other == 0 { key.source_port } else { other };
+                self.inner_port = flow.client_port;
             }
             Role::Forwarded => {
                 (self.client, self.inner_port) = (key.source, key.source_port);
@@ -219,10 +280,11 @@ impl Conversation {
             }
         }
         if !matches!(flow.role, Role::Request) {
-            self.client_port = if other == 0 { self.inner_port } else { other };
+            self.client_port = flow.client_port;
         }
         self.protocol = key.protocol;
         self.state = flow.state;
+        self.ends = flow.ends;
         self.number = flow.number;
         self.service = flow.service;
         self.slot = flow.slot;
@@ -251,7 +313,7 @@ impl Conversation {
             Role::Return => (Hook::Ingress, backend, mask, inner, frontend),
             Role::Reply => (Hook::Egress, backend, inner, frontend, mask),
         };
-        let other = if matches!(role, Role::Request) { self.inner_port } else { self.client_port };
+        let client_port = if matches!(role, Role::Request) { self.inner_port } else { self.client_port };
         key.source = *source.0;
         key.destination = *destination.0;
         key.source_port = source.1;
@@ -265,10 +327,11 @@ impl Conversation {
         flow.companion_port = companion.1;
         flow.state = self.state;
         flow.role = role;
-        flow.client_port = if self.inner_port == self.client_port { 0 } else { other };
+        flow.client_port = client_port;
         flow.number = self.number;
         flow.service = self.service;
         flow.slot = self.slot;
+        flow.ends = self.ends;
         flow._pad2 = 0;
         flow.last_seen = self.last_seen;
     }
@@ -300,9 +363,40 @@ impl Flow {
         number: 0,
         service: 0,
         slot: 0,
+        ends: Ends::OPEN,
         _pad2: 0,
         last_seen: 0,
     };
+
+    /// Whether another entry with the same key and role leads to the same place.
+    #[inline(always)]
+    pub fn leads_like(&self, other: &Self) -> bool {
+        (self.address, self.port, self.client_port) == (other.address, other.port, other.client_port)
+    }
+
+    /// Whether another entry with the same key and role is of a connection that, for its client, is between the same
+    /// ends: client and frontend.
+    #[inline(always)]
+    pub fn is_of_same_ends(&self, other: &Self) -> bool {
+        if self.client_port != other.client_port || self.role as u8 != other.role as u8 {
+            return false;
+        }
+        match self.role {
+            // The key has the client, and the value the frontend.
+            Role::Reply => (self.address, self.port) == (other.address, other.port),
+            // The value has both.
+            Role::Return => {
+                self.address == other.address
+                    && (self.companion, self.companion_port) == (other.companion, other.companion_port)
+            }
+            // The key has the client, and the value the frontend.
+            Role::Forwarded => {
+                (self.companion, self.companion_port) == (other.companion, other.companion_port)
+            }
+            // The key has both.
+            Role::Request => true,
+        }
+    }
 }
 
 const _: () = {
@@ -329,6 +423,7 @@ mod tests {
                 inner_port,
                 protocol: Protocol::Tcp,
                 state: FlowState::Opening,
+                ends: Ends { client: FlowEnd::Finished, backend: FlowEnd::Reset },
                 number: 7,
                 service: 5,
                 slot: 9,

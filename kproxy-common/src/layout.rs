@@ -6,7 +6,7 @@
 use crate::{Address, Cidr, ClientKind};
 
 /// The version of everything in this module; stored in the `owner` map and compared before maps are adopted.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// The names of the maps, which are the names of their pins below the bpffs folder.
 pub mod map_names {

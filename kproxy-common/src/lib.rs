@@ -27,7 +27,10 @@ pub use decision::{
     resolve, search, still_serves,
 };
 pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath};
-pub use flow::{Conversation, Flow, FlowKey, FlowState, Hook, Role};
+pub use flow::{
+    Action, Conversation, Ends, Flow, FlowEnd, FlowKey, FlowState, FlowStore, FlowTable, HURRIED_REST, Hook,
+    Marks, NOTE_EVERY, QUIET, REST, Role, is_over, lifetime, store as flow_store,
+};
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Behind, Block, Config,
     Counters, DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope, InvalidLayout,
@@ -36,7 +39,7 @@ pub use layout::{
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,
-    PacketMeta, PacketVerdict, Piece, Quick, TcpFlags, follow_fragment, known_egress, known_ingress,
+    PacketMeta, PacketVerdict, Piece, Quick, TcpFlags, WAITING, follow_fragment, known_egress, known_ingress,
     new_egress, new_ingress, on_egress, on_icmp, on_ingress, on_other_protocol, open_ingress, quick_egress,
     quick_ingress,
 };

@@ -18,9 +18,13 @@ pub use icmp::{IcmpKind, IcmpMeta, IcmpVerdict, on_icmp};
 pub use ingress::{known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
 
 use crate::{
-    Address, Balance, Cidr, Client, ClientKind, Connection, Conversation, Flow, FlowKey, FlowState, Hook,
-    Protocol, Reason, Resolution, Role, Tables, decision::find,
+    Action, Address, Balance, Cidr, Client, ClientKind, Connection, Conversation, Ends, Flow, FlowKey,
+    FlowState, Hook, Protocol, Reason, Resolution, Role, Tables, decision::find,
 };
+
+/// How many established flows that one end has perhaps broken off wait on each CPU for what their ends do: sixty
+/// kilobytes of entries, and more than a stranger gets past whose own connections must be accepted first.
+pub const WAITING: u32 = 256;
 
 /// The tables of flows, beside the tables of Services.
 pub trait FlowTables: Tables {
@@ -45,36 +49,22 @@ pub trait FlowTables: Tables {
     /// Runs `act` on a new flow, whose contents are not yet of any meaning; what it returns, 0 where there is no room
     /// for one.
     fn with_new(&self, act: impl FnOnce(&mut Conversation) -> u32) -> u32;
-    /// Adds one entry of a flow that is being opened, if no flow has an entry under its key; whether it did: of several
-    /// that ask at the same time, one gets it. A flow that has ended keeps its entries for late packets only, not
-    /// against another flow: else a mask's ports would be used up by connections that are long closed.
-    fn put_new(&self, whole: &Conversation, role: Role) -> bool;
-    /// The same for the entry by which a flow holds the port that it is masqueraded with, unless a socket of this host has
-    /// that. Of a flow that [`with_transient`](Self::with_transient) or [`with_new`](Self::with_new) has handed out: many
+    /// Does something with one entry of a flow; whether it was done.
+    fn act(&self, whole: &Conversation, role: Role, action: Action) -> bool;
+    /// [`Action::Take`] of the entry by which a flow holds the port that it is masqueraded with, unless a socket of this host
+    /// has that. Of a flow that [`with_transient`](Self::with_transient) or [`with_new`](Self::with_new) has handed out: many
     /// ports may have to be tried.
-    fn put_new_return(&self, whole: &Conversation) -> bool {
-        !self.has_socket(whole) && self.put_new(whole, Role::Return)
+    fn take_return(&self, whole: &Conversation, rest: u64) -> bool {
+        !self.has_socket(whole) && self.act(whole, Role::Return, Action::Take { rest })
     }
-    /// Adds or replaces one entry of a flow that is being opened.
-    fn put_transient(&self, whole: &Conversation, role: Role);
-    /// Moves one entry to the established flows. Packets find it on its way.
-    fn put_established(&self, whole: &Conversation, role: Role);
-    /// Moves one entry of an established flow that has ended to those that are being opened or closed. Packets find it on
-    /// its way.
-    fn put_ended(&self, whole: &Conversation, role: Role);
-    /// Removes one entry of a flow that has ended, if it has.
-    fn remove_ended(&self, whole: &Conversation, role: Role);
+    /// [`act`](Self::act) with each entry that a flow has; what it says of the request's.
+    fn act_all(&self, whole: &Conversation, action: Action) -> bool;
     /// What stands, in either table, under the key of one entry of a flow.
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit>;
-    /// Notes in one entry of a flow that is being opened, in place, how far the flow has come and when; whether this entry
-    /// is there and leads where the flow does.
-    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool;
-    /// How far the other direction of an established flow has come: of this role's entry.
-    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState>;
-    /// Notes, in place, when an established flow was last used and how far it has come.
-    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64);
-    /// Notes, in place, when a flow that is being opened was last used.
-    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64);
+    /// One end of this established flow has perhaps broken it off: it stays where it is, where no flood of openings pushes
+    /// it out, until [`WAITING`] others have followed it. Whether one has waited so long that is established still: then
+    /// that is what `whole` tells.
+    fn wait(&self, whole: &mut Conversation) -> bool;
     /// The address, of the family of `like`, that clients are masked with on the interface `device`.
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address>;
     /// Who lives behind the interface `device`: pods of this node, or anyone else where nothing is known of it.
@@ -107,17 +97,25 @@ pub struct Hit {
     pub state: FlowState,
     /// See [`Flow::role`].
     pub role: Role,
+    /// See [`Flow::ends`].
+    pub ends: Ends,
 }
 
 impl From<&Flow> for Hit {
     #[inline(always)]
     fn from(flow: &Flow) -> Self {
-        let Flow { address, last_seen, port, client_port, state, role, .. } = *flow;
-        Self { address, last_seen, port, client_port, state, role }
+        let Flow { address, last_seen, port, client_port, state, role, ends, .. } = *flow;
+        Self { address, last_seen, port, client_port, state, role, ends }
     }
 }
 
 impl Hit {
+    /// Whether the client is who sends what has this entry.
+    #[inline(always)]
+    fn is_clients(&self) -> bool {
+        matches!(self.role, Role::Request | Role::Forwarded)
+    }
+
     /// The client's port, where it is to be written beside the address; else 0.
     #[inline(always)]
     fn written_client_port(&self) -> u16 {
@@ -203,6 +201,9 @@ pub struct PacketMeta {
     pub tcp: TcpFlags,
     /// How much of its datagram it is.
     pub piece: Piece,
+    /// Whether it carries data. Only what is decided about packets of a flow that changes or is noted looks at it: before
+    /// that nobody needs to have found out.
+    pub has_payload: bool,
 }
 
 /// What is done with a packet. It is reached before the first octet is written.
@@ -438,4 +439,13 @@ fn any_contains(cidrs: &[Cidr], address: &Address) -> bool {
         }
     }
     false
+}
+
+/// The entry of a flow for this packet at this hook, in whichever table.
+#[inline(always)]
+fn entry<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
+    match tables.flow(packet, hook) {
+        Some(flow) => Some(flow),
+        None => tables.transient(packet, hook),
+    }
 }

@@ -6,8 +6,8 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
 };
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
-    DeviceAddresses, DeviceKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook,
+    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config,
+    Conversation, DeviceAddresses, DeviceKey, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook,
     PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
@@ -182,36 +182,18 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
-        keys::take(whole, role)
+    fn act(&self, whole: &Conversation, role: Role, action: Action) -> bool {
+        keys::act(whole, role, action)
     }
 
     #[inline(always)]
-    fn put_new_return(&self, _: &Conversation) -> bool {
-        !self.skb.is_null() && take_return(self.skb) != 0
+    fn take_return(&self, _: &Conversation, rest: u64) -> bool {
+        !self.skb.is_null() && take_return(self.skb, rest) != 0
     }
 
     #[inline(always)]
-    fn put_transient(&self, whole: &Conversation, role: Role) {
-        if let Some(Entry { key, flow }) = Entry::of(whole, role) {
-            // Without an entry the next packet of the same 5-tuple is hashed to the same backend.
-            let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, ANY);
-        }
-    }
-
-    #[inline(always)]
-    fn put_established(&self, whole: &Conversation, role: Role) {
-        keys::establish(whole, role);
-    }
-
-    #[inline(always)]
-    fn put_ended(&self, whole: &Conversation, role: Role) {
-        keys::end(whole, role);
-    }
-
-    #[inline(always)]
-    fn remove_ended(&self, whole: &Conversation, role: Role) {
-        keys::forget(whole, role);
+    fn act_all(&self, whole: &Conversation, action: Action) -> bool {
+        keys::act_all(whole, action)
     }
 
     #[inline(always)]
@@ -224,15 +206,8 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
-    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool {
-        keys::mark(whole, role)
-    }
-
-    #[inline(always)]
-    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
-        let Entry { key, .. } = Entry::of(whole, role)?;
-        // SAFETY: one octet, read at once.
-        unsafe { maps::FLOW.get(&*key) }.map(|flow| flow.state)
+    fn wait(&self, whole: &mut Conversation) -> bool {
+        keys::wait(whole)
     }
 
     #[inline(always)]
@@ -271,29 +246,6 @@ impl FlowTables for Kernel {
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
         // Without room the rest of the datagram is lost, as it is without a first fragment.
         let _ = maps::FRAGMENT.insert(key, ports, ANY);
-    }
-
-    #[inline(always)]
-    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64) {
-        if let Some(scratch) = Scratch::of(packet, hook)
-            && let Some(flow) = maps::FLOW.get_ptr_mut(&scratch.key)
-        {
-            // SAFETY: the pointer is valid for the program's run; both fields are written by one store each.
-            unsafe {
-                (*flow).state = state;
-                (*flow).last_seen = last_seen;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64) {
-        if let Some(scratch) = Scratch::of(packet, hook)
-            && let Some(flow) = maps::FLOW_TRANSIENT.get_ptr_mut(&scratch.key)
-        {
-            // SAFETY: the pointer is valid for the program's run; the field is written by one store.
-            unsafe { (*flow).last_seen = last_seen };
-        }
     }
 
     #[inline(always)]
@@ -349,15 +301,17 @@ fn is_opted_out(netns_cookie: u64) -> bool {
     unsafe { maps::OPTED_OUT.get(netns_cookie) }.is_some()
 }
 
-/// [`FlowTables::put_new_return`] of the whole in `scratch`, as a global function: the verifier checks it once, and not
+/// [`FlowTables::take_return`] of the whole in `scratch`, as a global function: the verifier checks it once, and not
 /// again for each port that is tried.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn take_return(skb: *mut __sk_buff) -> u64 {
+extern "C" fn take_return(skb: *mut __sk_buff, rest: u64) -> u64 {
     let Some(scratch) = Scratch::get() else {
         return 0;
     };
-    u64::from(!has_socket(skb, &scratch.whole) && keys::take(&scratch.whole, Role::Return))
+    u64::from(
+        !has_socket(skb, &scratch.whole) && keys::act(&scratch.whole, Role::Return, Action::Take { rest }),
+    )
 }
 
 /// Whether a socket of this host would get what the flow's backend sends to its mask. A listening one counts too: it

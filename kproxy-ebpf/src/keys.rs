@@ -1,17 +1,15 @@
-//! Keys of flows, which one flow holds at a time, whichever processors want one at the same instant: else two clients
-//! would be behind one port of a mask, and get each other's answers.
-//!
-//! A flow holds a key from when it adds its entry to `flow_transient` until it ends. Between, the entry moves: to `flow`
-//! when the flow is established, and back when it ends. It is added where it goes before it is removed from where it was,
-//! so that a packet finds it; but who looks into both tables for a key that is free can miss it on its way.
+//! The tables of flows: [`kproxy_common::flow_store`] over the kernel's maps.
 //!
 //! The functions here are global ones: the verifier checks each once, and not again for every try of every caller.
 
-use kproxy_common::{Conversation, Flow, FlowKey, FlowState, Role};
+use aya_ebpf::{btf_maps::LruHashMap, helpers::bpf_ktime_get_ns};
+use kproxy_common::{
+    Action, Conversation, Flow, FlowKey, FlowStore, FlowTable, Marks, REST, Role, WAITING,
+    flow_store as store,
+};
 
 use crate::maps;
 
-const ANY: u64 = 0;
 const NOEXIST: u64 = 1;
 const EXIST: u64 = 2;
 
@@ -22,9 +20,10 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Of the flow that the caller holds: always the one in `scratch`.
     #[inline(always)]
-    pub fn of(whole: &Conversation, role: Role) -> Option<Self> {
-        if write(whole, role) { Self::get() } else { None }
+    pub fn of(_: &Conversation, role: Role) -> Option<Self> {
+        if write_role(role as u32) != 0 { Self::get() } else { None }
     }
 
     /// The one that was written last.
@@ -39,194 +38,280 @@ impl Entry {
     }
 }
 
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn write(whole: &Conversation, role: Role) -> bool {
-    match Entry::get() {
-        Some(Entry { key, flow }) => {
-            whole.write_entry(role, key, flow);
+extern "C" fn write_role(role: u32) -> u64 {
+    let (Some(place), Some(Entry { key, flow })) = (maps::SCRATCH.get_ptr(0), Entry::get()) else {
+        return 0;
+    };
+    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow there, and waits.
+    let whole = unsafe { &(*place.cast::<maps::Scratch>()).whole };
+    let role = match role {
+        1 => Role::Request,
+        2 => Role::Forwarded,
+        3 => Role::Return,
+        _ => Role::Reply,
+    };
+    whole.write_entry(role, key, flow);
+    1
+}
+
+/// Does something with one entry of a flow; whether it was done.
+#[inline(always)]
+pub fn act(whole: &Conversation, role: Role, action: Action) -> bool {
+    if Entry::of(whole, role).is_none() {
+        return false;
+    }
+    let done = match action {
+        Action::Take { rest } => take_key(rest),
+        Action::Put => put_key(),
+        Action::Establish => establish_key(),
+        Action::End => end_key(),
+        Action::StepAside => step_aside_key(),
+        Action::Mark(table, marks) => mark_key(number(table), marks.bits()),
+        Action::Keep(table, marks) => u64::from(
+            mark_key(number(table), marks.bits()) != 0
+                || match table {
+                    FlowTable::Established => establish_key() != 0,
+                    FlowTable::Transient => take_key(REST) != 0,
+                },
+        ),
+    };
+    done != 0
+}
+
+/// The same with each entry of a flow.
+#[inline(always)]
+pub fn act_all(whole: &Conversation, action: Action) -> bool {
+    let done = match action {
+        Action::Establish => establish_flow(),
+        Action::End => end_flow(),
+        Action::Mark(table, marks) => mark_flow(number(table), marks.bits()),
+        Action::Keep(FlowTable::Established, marks) => keep_flow(marks.bits()),
+        Action::Keep(FlowTable::Transient, marks) => keep_transient_flow(marks.bits()),
+        Action::Take { .. } | Action::Put | Action::StepAside => {
+            u64::from(store::for_all(whole, |role| act(whole, role, action)))
+        }
+    };
+    done != 0
+}
+
+#[inline(always)]
+fn number(table: FlowTable) -> u32 {
+    match table {
+        FlowTable::Established => 1,
+        FlowTable::Transient => 0,
+    }
+}
+
+#[inline(always)]
+fn for_flow(action: Action) -> u64 {
+    let Some(place) = maps::SCRATCH.get_ptr(0) else {
+        return 0;
+    };
+    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow there, and waits.
+    let whole = unsafe { &(*place.cast::<maps::Scratch>()).whole };
+    u64::from(store::for_all(whole, |role| act(whole, role, action)))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn establish_flow() -> u64 {
+    for_flow(Action::Establish)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn end_flow() -> u64 {
+    for_flow(Action::End)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mark_flow(is_established: u32, marks: u32) -> u64 {
+    let table = if is_established != 0 { FlowTable::Established } else { FlowTable::Transient };
+    for_flow(Action::Mark(table, Marks::from_bits(marks)))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn keep_flow(marks: u32) -> u64 {
+    for_flow(Action::Keep(FlowTable::Established, Marks::from_bits(marks)))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn keep_transient_flow(marks: u32) -> u64 {
+    for_flow(Action::Keep(FlowTable::Transient, Marks::from_bits(marks)))
+}
+
+/// See [`kproxy_common::FlowTables::wait`].
+#[inline(always)]
+pub fn wait(whole: &mut Conversation) -> bool {
+    let Some(Entry { key, .. }) = Entry::of(whole, Role::Request) else {
+        return false;
+    };
+    if exchange_key() == 0 {
+        return false;
+    }
+    // SAFETY: what is read of it is read at once. Should the element be reused just then, another flow of this CPU's that
+    // has ended is looked at, which the caller asks about.
+    match unsafe { maps::FLOW.get(&*key) } {
+        Some(flow) => {
+            whole.read_entry(key, flow);
             true
         }
         None => false,
     }
 }
 
-/// Adds the entry to `flow_transient`, if no flow holds its key; whether it did.
-#[inline(always)]
-pub fn take(whole: &Conversation, role: Role) -> bool {
-    write(whole, role) && take_key() != 0
-}
-
-/// Notes state and time in the entry of `flow_transient`, if there is one that leads where the flow does; whether there
-/// is.
-#[inline(always)]
-pub fn mark(whole: &Conversation, role: Role) -> bool {
-    write(whole, role) && mark_key() != 0
-}
-
-/// Moves the entry to `flow`.
-#[inline(always)]
-pub fn establish(whole: &Conversation, role: Role) {
-    if write(whole, role) {
-        move_to_flow();
-    }
-}
-
-/// Moves the entry of a flow that has ended to `flow_transient`, or only removes it where another flow has its key there.
-#[inline(always)]
-pub fn end(whole: &Conversation, role: Role) {
-    if write(whole, role) {
-        move_from_flow();
-    }
-}
-
-/// Removes the entry of a flow that has ended, if it has.
-#[inline(always)]
-pub fn forget(whole: &Conversation, role: Role) {
-    if write(whole, role) {
-        forget_key();
-    }
-}
-
+/// Puts the key that was written into the ring, and the one that has stood there for longest in its place; whether
+/// there was one.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn take_key() -> u64 {
-    let Some(Entry { key, flow }) = Entry::get() else {
+extern "C" fn exchange_key() -> u64 {
+    const WORDS: usize = size_of::<FlowKey>() / 8;
+    let (Some(Entry { key, .. }), Some(count)) = (Entry::get(), maps::WAITING.get_ptr_mut(WAITING)) else {
         return 0;
     };
-    let standing = transient(key).map(|flow| flow.state);
-    if is_established(key) {
+    // SAFETY: the element is this CPU's.
+    let place = unsafe {
+        let count = count.cast::<u64>();
+        let place = *count % u64::from(WAITING);
+        *count = place + 1;
+        place as u32
+    };
+    let Some(waiting) = maps::WAITING.get_ptr_mut(place) else {
         return 0;
-    }
-    let is_added = match standing {
-        // Of those that find none, the kernel lets one through.
-        None => maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_ok(),
-        Some(FlowState::Closed) => replace_ended(key, flow),
-        Some(FlowState::Opening | FlowState::Answered | FlowState::Established | FlowState::Finished) => {
-            false
+    };
+    let (waiting, key) = (waiting.cast::<u64>(), core::ptr::from_mut(key).cast::<u64>());
+    let mut any = 0;
+    let mut i = 0;
+    while i < WORDS {
+        // SAFETY: both are as many words, aligned, of this CPU's.
+        unsafe {
+            let before = core::ptr::read_volatile(waiting.add(i));
+            core::ptr::write_volatile(waiting.add(i), core::ptr::read_volatile(key.add(i)));
+            core::ptr::write_volatile(key.add(i), before);
+            any |= before;
         }
-    };
-    if !is_added {
-        return 0;
+        i += 1;
     }
-    // Whoever held the key when it was looked for in `flow` can have been established since.
-    if is_established(key) {
-        let _ = maps::FLOW_TRANSIENT.remove(&*key);
-        return 0;
-    }
-    1
+    u64::from(any != 0)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn forget_key() -> u64 {
-    let Some(Entry { key, .. }) = Entry::get() else {
-        return 0;
-    };
-    u64::from(claimed(key, || maps::FLOW_TRANSIENT.remove(&*key).is_ok()))
-}
-
-/// Puts an entry in the place of one that has ended. Swept just now, that is left to those who find none.
-#[inline(always)]
-fn replace_ended(key: &FlowKey, flow: &Flow) -> bool {
-    claimed(key, || maps::FLOW_TRANSIENT.insert(key, flow, EXIST).is_ok())
-}
-
-/// Of those that have found a flow ended, one at a time looks once more and acts: who holds the claim on its key. That is
-/// an entry of a hash, since whoever inserts it sees all that was done before it was deleted, on every processor; an atomic
-/// add would not promise that.
-#[inline(always)]
-fn claimed(key: &FlowKey, act: impl FnOnce() -> bool) -> bool {
-    if maps::CLAIM.insert(key, &1, NOEXIST).is_err() {
-        return false;
-    }
-    let done = transient(key).is_some_and(|flow| matches!(flow.state, FlowState::Closed)) && act();
-    let _ = maps::CLAIM.remove(key);
-    done
+extern "C" fn take_key(rest: u64) -> u64 {
+    with_entry(|key, flow| store::take(&Maps, key, flow, rest))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn mark_key() -> u64 {
-    let Some(Entry { key, flow }) = Entry::get() else {
-        return 0;
-    };
-    let Some(standing) = maps::FLOW_TRANSIENT.get_ptr_mut(&*key) else {
-        return 0;
-    };
-    // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is being
-    // opened passes for one that was answered, or is kept for longer; both fields are written by one store each.
-    unsafe {
-        if !leads_alike(&*standing, flow) {
-            return 0;
+extern "C" fn put_key() -> u64 {
+    with_entry(|key, flow| store::put(&Maps, key, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn establish_key() -> u64 {
+    with_entry(|key, flow| store::establish(&Maps, key, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn end_key() -> u64 {
+    with_entry(|key, flow| store::end(&Maps, key, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn step_aside_key() -> u64 {
+    with_entry(|key, _| store::step_aside(&Maps, key))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mark_key(is_established: u32, marks: u32) -> u64 {
+    let marks = Marks::from_bits(marks);
+    with_entry(|key, flow| {
+        if is_established != 0 {
+            store::mark(&Maps, FlowTable::Established, key, flow, marks)
+        } else {
+            store::mark(&Maps, FlowTable::Transient, key, flow, marks)
         }
-        (*standing).state = flow.state;
-        (*standing).last_seen = flow.last_seen;
-    }
-    1
+    })
 }
 
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn move_to_flow() -> u64 {
-    let Some(Entry { key, flow }) = Entry::get() else {
-        return 0;
-    };
-    // Where it was evicted, another flow can have taken the key.
-    let is_its = match transient(key) {
-        None => take_key() != 0,
-        // Nobody else takes the key of a client that is to be masked; but two first packets at a time can get a mask each.
-        Some(standing) => leads_alike(standing, flow) || matches!(flow.role, Role::Forwarded),
-    };
-    // An LRU map makes room; if it cannot, the flow stays transient and is moved by its client's next packet.
-    if !is_its || maps::FLOW.insert(&*key, &*flow, ANY).is_err() {
-        return 0;
+#[inline(always)]
+fn with_entry(act: impl FnOnce(&FlowKey, &Flow) -> bool) -> u64 {
+    match Entry::get() {
+        Some(Entry { key, flow }) => u64::from(act(key, flow)),
+        None => 0,
     }
-    let _ = maps::FLOW_TRANSIENT.remove(&*key);
-    1
 }
 
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn move_from_flow() -> u64 {
-    let Some(Entry { key, flow }) = Entry::get() else {
-        return 0;
-    };
-    // SAFETY: as in `transient`.
-    let is_its = unsafe { maps::FLOW.get(&*key) }.map(|standing| leads_alike(standing, flow));
-    if matches!(is_its, Some(false)) {
-        // Where it was evicted, another flow has taken the key.
-        return 0;
-    }
-    let is_established = matches!(is_its, Some(true));
-    if !is_established || maps::FLOW_TRANSIENT.insert(&*key, &*flow, NOEXIST).is_err() {
-        // One of its own from before it was established: it ends without ever having been, or it began anew where others
-        // were evicted. What has ended is there for others to take.
-        let is_own = transient(key)
-            .is_some_and(|other| !matches!(other.state, FlowState::Closed) && leads_alike(other, flow));
-        if is_own {
-            let _ = maps::FLOW_TRANSIENT.insert(&*key, &*flow, EXIST);
+/// The kernel's maps.
+struct Maps;
+
+impl Maps {
+    #[inline(always)]
+    fn table(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow, { maps::FLOWS }> {
+        match table {
+            FlowTable::Established => &maps::FLOW,
+            FlowTable::Transient => &maps::FLOW_TRANSIENT,
         }
     }
-    if is_established {
-        let _ = maps::FLOW.remove(&*key);
+}
+
+impl FlowStore for Maps {
+    #[inline(always)]
+    fn read<R>(&self, table: FlowTable, key: &FlowKey, read: impl FnOnce(&Flow) -> R) -> Option<R> {
+        // SAFETY: what is read of it is read at once. Should the element be reused just then, for another key, the insertion that follows
+        // fails or finds that key's own entry in its place.
+        unsafe { Self::table(table).get(key) }.map(read)
     }
-    1
-}
 
-#[inline(always)]
-fn leads_alike(one: &Flow, other: &Flow) -> bool {
-    (one.address, one.port, one.client_port) == (other.address, other.port, other.client_port)
-}
+    #[inline(always)]
+    fn insert(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        Self::table(table).insert(key, flow, NOEXIST).is_ok()
+    }
 
-#[inline(always)]
-fn transient(key: &FlowKey) -> Option<&'static Flow> {
-    // SAFETY: what is read of it is read at once. Should the element be reused just then, for another key, the insertion
-    // that follows fails or finds that key's own entry in its place.
-    unsafe { maps::FLOW_TRANSIENT.get(key) }
-}
+    #[inline(always)]
+    fn replace(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        Self::table(table).insert(key, flow, EXIST).is_ok()
+    }
 
-#[inline(always)]
-fn is_established(key: &FlowKey) -> bool {
-    // SAFETY: nothing is read through the pointer: it is only asked whether there is one.
-    unsafe { maps::FLOW.get(key) }.is_some()
+    #[inline(always)]
+    fn remove(&self, table: FlowTable, key: &FlowKey) -> bool {
+        Self::table(table).remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn change(&self, table: FlowTable, key: &FlowKey, change: impl FnOnce(&mut Flow) -> bool) -> bool {
+        match Self::table(table).get_ptr_mut(key) {
+            // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is
+            // being opened passes for one that was answered, or is kept for longer.
+            Some(flow) => change(unsafe { &mut *flow }),
+            None => false,
+        }
+    }
+
+    /// An entry of a hash, since whoever inserts it sees all that was done before it was deleted, on every CPU; an atomic
+    /// add would not promise that.
+    #[inline(always)]
+    fn claim(&self, key: &FlowKey) -> bool {
+        maps::CLAIM.insert(key, &1, NOEXIST).is_ok()
+    }
+
+    #[inline(always)]
+    fn release(&self, key: &FlowKey) {
+        let _ = maps::CLAIM.remove(key);
+    }
+
+    #[inline(always)]
+    fn time(&self) -> u64 {
+        // SAFETY: the helper has no conditions.
+        unsafe { bpf_ktime_get_ns() }
+    }
 }

@@ -10,12 +10,12 @@ use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
     DeviceAddresses, DeviceKey, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
     FragmentPorts, FrontendKey, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo,
-    SocketRecords,
+    SocketRecords, WAITING as WAITING_FLOWS,
 };
 
 const FRONTENDS: usize = 32_768;
 const BACKENDS: usize = 262_144;
-const FLOWS: usize = 65_536;
+pub const FLOWS: usize = 65_536;
 /// Octets. An event takes 72: some 3,600 of them, a few seconds of what a CPU may write.
 const DROP_EVENTS: usize = 256 * 1024;
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
@@ -106,6 +106,10 @@ pub static CONFIG: Array<Config, 1, MAPPED> = Array::new();
 pub static SCRATCH: PerCpuArray<[u64; size_of::<Scratch>().div_ceil(8)], 1> = PerCpuArray::new();
 #[btf_map(name = "entry")]
 pub static ENTRY: PerCpuArray<[u64; size_of::<FlowEntry>().div_ceil(8)], 1> = PerCpuArray::new();
+// A ring of keys, and behind it how many there were.
+#[btf_map(name = "waiting")]
+pub static WAITING: PerCpuArray<[u64; size_of::<FlowKey>() / 8], { WAITING_FLOWS as usize + 1 }> =
+    PerCpuArray::new();
 #[btf_map(name = "parsed")]
 pub static PARSED: PerCpuArray<[u64; 12], 1> = PerCpuArray::new();
 #[btf_map(name = "message")]

@@ -78,6 +78,7 @@ pub fn in_known(ctx: TcContext) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
+    parsed.meta.has_payload = parse::has_payload(&ctx, parsed);
     apply(&ctx, parsed, known_ingress(&KERNEL, &parsed.meta))
 }
 
@@ -134,6 +135,7 @@ pub fn out_known(ctx: TcContext) -> i32 {
     let Some(parsed) = Parsed::get() else {
         return next(Reason::TableError);
     };
+    parsed.meta.has_payload = parse::has_payload(&ctx, parsed);
     apply(&ctx, parsed, known_egress(&Kernel::of(ctx.skb.skb), &parsed.meta, device(&ctx)))
 }
 

@@ -24,8 +24,8 @@ use aya_ebpf::{
 use kernel::KERNEL;
 use keys::Entry;
 use kproxy_common::{
-    Address, Choice, Client, ClientKind, Connection, Conversation, FlowState, FlowTables as _, Protocol,
-    Resolution, Role, choose, resolve,
+    Action, Address, Choice, Client, ClientKind, Connection, Conversation, Ends, FlowState, FlowTables as _,
+    Protocol, Resolution, Role, Tables as _, choose, resolve,
 };
 
 /// A connection to decide about. 64 octets, as the test writes them.
@@ -134,49 +134,59 @@ pub fn hold_stress(_ctx: TcContext) -> i32 {
     // SAFETY: the helpers have no conditions.
     let (dice, processor) = unsafe { (bpf_get_prandom_u32(), bpf_get_smp_processor_id()) };
     let port = dice & (PORTS as u32 - 1);
-    let mut whole = Conversation::EMPTY;
+    KERNEL.with_new(|whole| {
+        hold_port(whole, dice, processor, port);
+        0
+    });
+    TC_ACT_OK
+}
+
+#[inline(always)]
+fn hold_port(whole: &mut Conversation, dice: u32, processor: u32, port: u32) {
+    *whole = Conversation::EMPTY;
     whole.client = Address::from_v4_word(1 + processor);
     whole.backend = Address::from_v4_word(u32::MAX);
     whole.mask = Address::from_v4_word(u32::MAX - 1);
     (whole.client_port, whole.inner_port) = (20_000, 20_000);
     whole.mask_port = 61_000 + port as u16;
-    if !KERNEL.put_new(&whole, Role::Return) {
+    // While it lives it must not be taken for one that has been silent for too long, however long the machine runs.
+    whole.last_seen = KERNEL.now();
+    if !KERNEL.act(whole, Role::Return, Action::Take { rest: 0 }) {
         hold(1);
-        return TC_ACT_OK;
+        return;
     }
     hold(0);
     if holders(port, 1) != 1 {
         hold(2);
     }
-    check_held(&whole);
+    check_held(whole);
     if dice & 0x100 == 0 {
         holders(port, u64::MAX);
-        if let Some(entry) = Entry::of(&whole, Role::Return) {
+        if let Some(entry) = Entry::of(whole, Role::Return) {
             let _ = maps::FLOW_TRANSIENT.remove(&*entry.key);
         }
-        return TC_ACT_OK;
+        return;
     }
     if dice & 0xe00 == 0 {
         // Evicted, it holds nothing, and does not know.
         holders(port, u64::MAX);
-        if let Some(entry) = Entry::of(&whole, Role::Return) {
+        if let Some(entry) = Entry::of(whole, Role::Return) {
             let _ = maps::FLOW_TRANSIENT.remove(&*entry.key);
         }
         if dice & 0x1000 == 0 {
             whole.state = FlowState::Established;
-            KERNEL.put_established(&whole, Role::Return);
+            KERNEL.act(whole, Role::Return, Action::Establish);
         }
-        whole.state = FlowState::Closed;
-        KERNEL.put_ended(&whole, Role::Return);
-        return TC_ACT_OK;
+        whole.ends = Ends::RESET;
+        KERNEL.act(whole, Role::Return, Action::End);
+        return;
     }
     whole.state = FlowState::Established;
-    KERNEL.put_established(&whole, Role::Return);
-    check_held(&whole);
+    KERNEL.act(whole, Role::Return, Action::Establish);
+    check_held(whole);
     holders(port, u64::MAX);
-    whole.state = FlowState::Closed;
-    KERNEL.put_ended(&whole, Role::Return);
-    TC_ACT_OK
+    whole.ends = Ends::RESET;
+    KERNEL.act(whole, Role::Return, Action::End);
 }
 
 #[inline(always)]

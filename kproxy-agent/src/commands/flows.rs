@@ -9,14 +9,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
-use kproxy_common::{Address, Conversation, Flow, FlowKey, Protocol, Role};
+use kproxy_common::{Address, Conversation, Flow, FlowKey, FlowTable, Protocol, Role};
 use serde::{Serialize, Serializer};
 
 use super::{UsageError, is_broken_pipe, print};
 use crate::{
     cli::{Common, FlowsArgs, OutputFormat},
-    flows::{self, Progress, ROLES, belongs, state_word},
-    maps::kernel::{Cursor, FlowMaps, FlowTable},
+    flows::{self, Progress, ROLES, belongs},
+    maps::kernel::{Cursor, FlowMaps},
     plan::split_name,
 };
 
@@ -140,7 +140,7 @@ impl Flows<'_> {
             frontend: socket(whole.frontend, whole.frontend_port),
             backend: socket(whole.backend, whole.backend_port),
             mask: whole.is_masked().then(|| socket(whole.mask, whole.mask_port)),
-            state: state_word(whole.protocol, progress.state()),
+            state: progress.word(),
             idle_seconds: progress.idle(self.now).as_secs(),
             table: table.word(),
             number: whole.number,

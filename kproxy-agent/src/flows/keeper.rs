@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kproxy_common::{Conversation, Flow, FlowKey, Protocol};
+use kproxy_common::{Conversation, Flow, FlowKey, FlowTable, Protocol};
 
 use super::{Progress, ROLES, Serving, belongs};
-use crate::maps::kernel::{Cursor, FlowMaps, FlowTable, MapError};
+use crate::maps::kernel::{Cursor, FlowMaps, MapError};
 
 /// How many entries a step reads: about a millisecond.
 const PAGE: u32 = 4_096;
@@ -180,7 +180,11 @@ impl Keeper {
         self.sweep.next = now + STEP;
         let page = self.sweep.scan.page(&self.maps)?;
         self.sweep.entries += page.entries.len();
-        self.delete(&page.entries, |_, progress| progress.is_over(time), |progress| progress.is_over(time))?;
+        self.delete(
+            &page.entries,
+            |_, progress| progress.may_be_over(time),
+            |progress| progress.is_over(time),
+        )?;
         if page.ends_scan {
             self.sweep.scan = Scan::new(now);
             self.sweep.next = self.sweep.next.max(self.sweep.began + SWEEP);
@@ -240,7 +244,7 @@ impl Keeper {
 
 #[cfg(test)]
 mod tests {
-    use kproxy_common::{Address, FlowState, Role};
+    use kproxy_common::{Address, Ends, FlowEnd, FlowState, Role};
 
     use super::*;
 
@@ -312,13 +316,18 @@ mod tests {
             maps.put(table, &masked, role);
         }
         // Half closed, and one that only its answers keep alive.
-        let asked = flow(7, Protocol::Tcp, FlowState::Finished, 3_601);
-        maps.put(FlowTable::Established, &asked, Role::Request);
-        maps.put(
-            FlowTable::Established,
-            &Conversation { state: FlowState::Established, ..asked },
-            Role::Reply,
-        );
+        let finished = Ends { client: FlowEnd::Finished, ..Ends::OPEN };
+        let asked = flow(7, Protocol::Tcp, FlowState::Established, 3_601);
+        maps.put(FlowTable::Established, &Conversation { ends: finished, ..asked }, Role::Request);
+        maps.put(FlowTable::Established, &asked, Role::Reply);
+        // Both directions have finished at the same instant, and neither program saw the other's FIN.
+        let finishing = |client, backend, idle| Conversation {
+            ends: Ends { client, backend },
+            ..flow(9, Protocol::Tcp, FlowState::Established, idle)
+        };
+        let (open, finished) = (FlowEnd::Open, FlowEnd::Finished);
+        maps.put(FlowTable::Established, &finishing(finished, open, 121), Role::Request);
+        maps.put(FlowTable::Established, &finishing(open, finished, 122), Role::Reply);
         maps.put(FlowTable::Established, &flow(8, Protocol::Udp, FlowState::Established, 500), Role::Request);
         maps.put(FlowTable::Established, &flow(8, Protocol::Udp, FlowState::Established, 1), Role::Reply);
 

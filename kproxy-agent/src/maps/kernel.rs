@@ -38,7 +38,7 @@ pub use self::{
     carry::Carry,
     device::DeviceMap,
     drops::DropMaps,
-    flows::{Cursor, FlowMaps, FlowTable},
+    flows::{Cursor, FlowMaps},
     lookup::{FirstError, Lookup},
     opted_out::OptedOutMap,
     read::{layout_version, owner_text},

@@ -1,6 +1,6 @@
 //! Connections past every Service: what one through a Service has left behind does not stand in their way.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use kproxy_common::{PacketVerdict, Protocol};
 
@@ -47,6 +47,10 @@ fn connect_past(world: &mut World, flow: &Flow, ends: &[(bool, u8)]) {
     for (is_clients, flags) in ends {
         let (at, ends, _) = if *is_clients { request } else { reply };
         pass(world, flow, at, ends, *flags);
+    }
+    if ends.len() == 1 {
+        // One RST may be a stranger's: who lives is heard within this time.
+        world.let_pass(Duration::from_secs(5));
     }
     let there = ([flow.client, flow.backend], [request.0, forwarded.0]);
     let back = ([flow.backend, flow.client], [returned.0, reply.0]);

@@ -57,8 +57,25 @@ impl Flow {
         }
     }
 
-    /// Through the Service with this number, which has this backend.
+    /// Through the Service with this number, which has this backend, and answers.
     pub fn open(
+        world: &mut World,
+        family: Family,
+        link: Link,
+        protocol: Protocol,
+        client: Who,
+        to: (u8, Who),
+    ) -> Self {
+        let flow = Self::ask(world, family, link, protocol, client, to);
+        let sent = flow.pass(world, At::In(flow.backend_device), flow.backend, flow.peer, SYN | ACK);
+        assert_eq!(sent.destination(), flow.inner);
+        let sent = flow.pass(world, At::Out(flow.client_device), flow.backend, flow.inner, SYN | ACK);
+        assert_eq!((sent.source(), sent.destination()), (flow.frontend, flow.client));
+        flow
+    }
+
+    /// Its first packet.
+    pub fn ask(
         world: &mut World,
         family: Family,
         link: Link,
@@ -85,10 +102,6 @@ impl Flow {
         assert_eq!(sent.destination(), flow.backend);
         flow.inner = sent.source();
         flow.peer = flow.pass(world, At::Out(flow.backend_device), flow.inner, flow.backend, SYN).source();
-        let sent = flow.pass(world, At::In(flow.backend_device), flow.backend, flow.peer, SYN | ACK);
-        assert_eq!(sent.destination(), flow.inner);
-        let sent = flow.pass(world, At::Out(flow.client_device), flow.backend, flow.inner, SYN | ACK);
-        assert_eq!((sent.source(), sent.destination()), (flow.frontend, flow.client));
         flow
     }
 

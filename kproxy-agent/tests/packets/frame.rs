@@ -62,12 +62,12 @@ pub struct Sctp {
 }
 
 impl Sctp {
+    const DATA: u8 = 0;
     const COMMON_HEADER: usize = 12;
     const LENGTH: usize = Self::COMMON_HEADER + 4;
 
     /// Of a chunk that has this type because that is what TCP's flags would come to.
     fn chunk(flags: u8) -> u8 {
-        const DATA: u8 = 0;
         const INIT: u8 = 1;
         const INIT_ACK: u8 = 2;
         const ABORT: u8 = 6;
@@ -77,7 +77,7 @@ impl Sctp {
             _ if flags & RST != 0 => ABORT,
             _ if flags & SYN != 0 => INIT_ACK,
             _ if flags & FIN != 0 => SHUTDOWN,
-            _ => DATA,
+            _ => Self::DATA,
         }
     }
 
@@ -261,6 +261,11 @@ impl Frame {
                 Transport::Sctp(header) => TcpFlags::of_sctp_chunk(header.chunk),
             },
             piece: Piece::Whole,
+            has_payload: match &self.transport {
+                Transport::Tcp(_) => !self.payload.is_empty(),
+                Transport::Udp(..) => true,
+                Transport::Sctp(header) => header.chunk == Sctp::DATA,
+            },
         }
     }
 

@@ -280,6 +280,7 @@ impl Reading {
             protocol,
             tcp: TcpFlags::of_sctp_chunk(0),
             piece,
+            has_payload: true,
         };
         if piece != Piece::Later {
             let rest = ip.get(length..)?;
@@ -288,6 +289,18 @@ impl Reading {
             }
             let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
             (meta.source_port, meta.destination_port) = (port(0), port(2));
+            // As the IP header has it; that of a packet which is too long says nothing.
+            let end =
+                match (ip[0] >> 4, u16::from_be_bytes([ip[2], ip[3]]), u16::from_be_bytes([ip[4], ip[5]])) {
+                    (4, 0, _) | (6, _, 0) => usize::MAX,
+                    (4, total, _) => usize::from(total),
+                    (_, _, behind) => 40 + usize::from(behind),
+                };
+            meta.has_payload = match protocol {
+                Protocol::Tcp => end > length + usize::from(rest[12] >> 4) * 4,
+                Protocol::Udp => true,
+                Protocol::Sctp => matches!(rest[12], 0 | 64),
+            };
             meta.tcp = match protocol {
                 Protocol::Tcp => TcpFlags { bits: rest[13] },
                 Protocol::Udp => TcpFlags::default(),

@@ -7,7 +7,7 @@ use kproxy_common::{PacketVerdict, Protocol, Role, map_names};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
-    frame::{ACK, Frame, Link, RST, SYN},
+    frame::{ACK, FIN, Frame, Link, SYN},
     world::{At, Device, ROOM, World, in_world},
 };
 
@@ -152,7 +152,8 @@ fn a_connection_that_is_over_is_kept_for_stragglers() {
         pass(world, inward, client, frontend, ACK);
         world.let_pass(Duration::from_secs(3 * 3_600));
         world.sweep();
-        pass(world, inward, client, frontend, RST);
+        pass(world, inward, client, frontend, ACK | FIN);
+        pass(world, outward, backend, client, ACK | FIN);
         world.let_pass(Duration::from_secs(110));
         world.sweep();
         world.compare_ages();

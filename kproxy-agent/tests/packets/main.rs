@@ -5,6 +5,7 @@ mod answers;
 mod checksums;
 mod cluster;
 mod direct;
+mod endings;
 mod errors;
 mod flow;
 mod fragments;

@@ -13,7 +13,8 @@ use kproxy_common::{Behind, DeviceAddresses, PacketVerdict, Protocol, Reason};
 
 use crate::{
     cluster::{Family, Ports, Service, Who},
-    frame::{ACK, Frame, Link, RST, SYN},
+    flow::Flow,
+    frame::{ACK, FIN, Frame, Link, RST, SYN},
     world::{Action, At, Device, ROOM, World, in_world},
 };
 
@@ -131,30 +132,108 @@ fn a_port_that_a_socket_has_is_not_given_out() {
     });
 }
 
-/// Flows that are over keep their ports for stragglers, but not from flows that begin.
+/// A connection of a client, from its opening to both FINs; the port that hid it, if there was one.
+fn connect_and_close(world: &mut World, client: SocketAddr) -> Option<u16> {
+    let ports = Ports::of(Protocol::Tcp);
+    let (frontend, backend) =
+        (Who::Node.at(Family::V4, ports.node_port(1)), Who::There(1).at(Family::V4, ports.target));
+    let mut pass = |at, from, to, flags| {
+        world.meet(at, Link::Ethernet, &Frame::of(Protocol::Tcp, Link::Ethernet, from, to, flags)).1
+    };
+    let (inward, outward) = (At::In(Device::Uplink), At::Out(Device::Uplink));
+    pass(inward, client, frontend, SYN).expect("it goes on");
+    let mask = pass(outward, client, backend, SYN)?.source();
+    assert_eq!(pass(inward, backend, mask, SYN | ACK).map(|sent| sent.destination()), Some(client));
+    assert_eq!(pass(outward, backend, client, SYN | ACK).map(|sent| sent.source()), Some(frontend));
+    for flags in [ACK, ACK | FIN] {
+        pass(inward, client, frontend, flags).expect("it goes on");
+    }
+    pass(outward, backend, client, ACK | FIN).expect("it goes on");
+    Some(mask.port())
+}
+
+fn client(number: u16) -> SocketAddr {
+    Who::Client(1).at(Family::V4, 20_000 + number)
+}
+
+/// A backend that has closed first still knows the connection before, and takes another client's for a part of it.
 #[test]
-fn ports_of_flows_that_are_over_are_given_out_again() {
+fn the_port_of_a_flow_that_has_ended_rests_before_another_client_gets_it() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        let first: BTreeSet<u16> =
+            (0..200).filter_map(|number| connect_and_close(world, client(number))).collect();
+        assert_eq!(first.len(), 200);
+        let again = |world: &mut World, from: u16| -> BTreeSet<u16> {
+            let given: BTreeSet<u16> =
+                (from..from + 300).filter_map(|number| connect_and_close(world, client(number))).collect();
+            assert!(given.len() > 290, "{} of 300 get a port of their own", given.len());
+            given.intersection(&first).copied().collect()
+        };
+        assert_eq!(again(world, 1_000), BTreeSet::new(), "at once");
+        world.let_pass(Duration::from_secs(55));
+        assert_eq!(again(world, 2_000), BTreeSet::new(), "after 55 s");
+        world.let_pass(Duration::from_secs(6));
+        assert_ne!(again(world, 3_000), BTreeSet::new(), "after more than a minute they are free");
+        world.compare_flows();
+    });
+}
+
+/// For the backend it is what it would be without a mask.
+#[test]
+fn a_client_that_comes_back_from_the_same_port_gets_the_same_mask_at_once() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        for number in 0..20 {
+            let mask = connect_and_close(world, client(number));
+            assert_eq!(connect_and_close(world, client(number)), mask);
+        }
+        world.compare_flows();
+    });
+}
+
+/// Where the packet would be dropped else, a port that has rested for a second must do: its backend takes most.
+#[test]
+fn where_no_port_has_rested_those_that_are_over_are_given_out_again() {
     in_world(ROOM, |world| {
         world.have(&[Service::new(1, &[Who::There(1)])]);
         world.use_mask_ports(FEW);
-        let ports = Ports::of(Protocol::Tcp);
-        let (frontend, backend) =
-            (Who::Node.at(Family::V4, ports.node_port(1)), Who::There(1).at(Family::V4, ports.target));
-        for number in 0..20 * FEW.1 {
-            let client = Who::Client(1).at(Family::V4, 20_000 + number);
-            let mut pass = |at, from, to, flags| {
-                let packet = Frame::of(Protocol::Tcp, Link::Ethernet, from, to, flags);
-                let (verdict, sent) = world.meet(at, Link::Ethernet, &packet);
-                sent.unwrap_or_else(|| panic!("connection {number}: {verdict:?}"))
-            };
-            let (inward, outward) = (At::In(Device::Uplink), At::Out(Device::Uplink));
-            pass(inward, client, frontend, SYN);
-            let mask = pass(outward, client, backend, SYN).source();
-            assert_eq!(pass(inward, backend, mask, SYN | ACK).destination(), client);
-            assert_eq!(pass(outward, backend, client, SYN | ACK).source(), frontend);
-            pass(inward, client, frontend, RST);
+        let masks: Vec<_> = (0..FEW.1).map(|number| connect_and_close(world, client(number))).collect();
+        assert!(masks.contains(&None), "none is left that is over for a second");
+        for number in 0..8 * FEW.1 {
+            world.let_pass(Duration::from_secs(2));
+            let mask = connect_and_close(world, client(1_000 + number));
+            assert!(mask.is_some(), "connection {number}");
         }
         world.compare_flows();
+    });
+}
+
+/// An end that one RST has told may be forged: nobody gets the port before the flow has been silent for a minute.
+#[test]
+fn the_port_of_a_flow_that_goes_on_after_a_reset_is_not_given_out() {
+    in_world(ROOM, |world| {
+        world.have(&[Service::new(1, &[Who::There(1)])]);
+        world.use_mask_ports(FEW);
+        let flow =
+            Flow::open(world, Family::V4, Link::Ethernet, Protocol::Tcp, Who::Client(9), (1, Who::There(1)));
+        let [request, .., reply] = flow.places();
+        for ((at, [from, to], _), flags) in [(request, ACK), (request, RST), (request, SYN)] {
+            world.meet(at, Link::Ethernet, &Frame::tcp(Link::Ethernet, from, to, flags));
+        }
+        for round in 0..4 {
+            world.let_pass(Duration::from_secs(50));
+            // Only its answers are heard at first.
+            let (at, [from, to], _) = if round == 0 { reply } else { request };
+            world.meet(at, Link::Ethernet, &Frame::tcp(Link::Ethernet, from, to, ACK));
+            let masks = ask(world, Family::V4, Protocol::Tcp);
+            assert!(!masks.iter().flatten().any(|mask| *mask == flow.peer), "round {round}");
+            if round > 0 {
+                continue;
+            }
+            let (at, [from, to], _) = request;
+            world.meet(at, Link::Ethernet, &Frame::tcp(Link::Ethernet, from, to, ACK));
+        }
     });
 }
 

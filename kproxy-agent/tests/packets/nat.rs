@@ -1,7 +1,10 @@
 //! Network address translation as one would explain it: a list of sessions, looked through from end to end. It
 //! knows no hooks, no tables and no hashes; which backend a new session gets, it is told, and checks.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use kproxy_common::Protocol;
 
@@ -18,21 +21,34 @@ pub struct Offer {
     pub hides_client: bool,
 }
 
+/// How far two ends have come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     /// The backend has not answered.
     Asked,
     /// The backend has not answered, and the client has given up.
     GivenUp,
+    /// The backend has refused.
+    Refused,
     /// The backend has answered, and the client not gone on since.
     Answered,
     /// Both have answered each other.
-    Open { client_is_done: bool, backend_is_done: bool },
-    /// Both are done, or one has broken it off.
-    Over,
+    Open,
     /// It is over, and its backend has accepted a connection past the frontend since, which is on the same ends for it.
     Past,
 }
+
+/// What an end has said about its being over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    Nothing,
+    Finished,
+    /// It has broken it off, then.
+    Reset(Instant),
+}
+
+/// Before this, what goes on after a RST may have been sent before it; a little later, it is not.
+const AT_ONCE: Duration = Duration::from_millis(900);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Session {
@@ -43,6 +59,10 @@ pub struct Session {
     /// Who the backend thinks that it talks to.
     pub peer: SocketAddr,
     state: State,
+    client_end: End,
+    backend_end: End,
+    /// Nobody can say whether what was said about its end still holds: it depends on when it was taken back.
+    is_vague: bool,
 }
 
 impl Session {
@@ -62,6 +82,8 @@ pub struct Nat {
     pub sessions: Vec<Session>,
     /// What has made room, for another session or because the client was turned away when it wanted a new one.
     gone: Vec<Session>,
+    /// Every session that there was: protocol, client, frontend and backend.
+    had: Vec<(Protocol, SocketAddr, SocketAddr, SocketAddr)>,
 }
 
 /// What becomes of a client's packet.
@@ -69,6 +91,8 @@ pub struct Nat {
 pub enum Fate {
     /// It goes where the session goes.
     Along(Session),
+    /// It goes where the session goes, unless its client is turned away.
+    Again(Session),
     /// It may begin a session.
     Begins,
     /// It goes where the session goes, or begins a new one: both are right.
@@ -99,26 +123,34 @@ impl Nat {
             };
         };
         if protocol == Protocol::Tcp && opens {
-            match session.state {
-                State::Asked | State::Answered => return Fate::Along(*session),
-                State::GivenUp => return Fate::Either(*session),
-                // The client uses its port again.
-                State::Open { .. } | State::Over | State::Past => return Fate::Begins,
-            }
+            return match session.state {
+                _ if session.is_vague => Fate::Either(*session),
+                State::GivenUp => Fate::Either(*session),
+                State::Asked => Fate::Along(*session),
+                State::Answered | State::Open if session.is_over() => Fate::Begins,
+                State::Answered if session.is_broken_off() => Fate::Again(*session),
+                State::Answered => Fate::Along(*session),
+                // The client's, who uses its port again, or a stranger's: the backend knows.
+                State::Open => Fate::Again(*session),
+                State::Refused | State::Past => Fate::Begins,
+            };
         }
         let has = |flag| protocol == Protocol::Tcp && flags & flag != 0;
+        let is_plain = !has(SYN) && !has(RST) && !has(FIN);
+        session.client_end = session.taken_back(session.client_end, is_plain);
         // A SYN with an ACK does not take up an answer to a SYN.
-        if session.state == State::Answered && !has(SYN) {
-            session.state = State::Open { client_is_done: false, backend_is_done: false };
+        if session.state == State::Answered && !session.is_broken_off() && !has(SYN) && !has(RST) {
+            session.state = State::Open;
         }
-        session.state = match session.state {
-            State::Asked if has(RST) => State::GivenUp,
-            State::Open { .. } if has(RST) => State::Over,
-            State::Open { backend_is_done, .. } if has(FIN) => {
-                State::Open { client_is_done: true, backend_is_done }.settled()
+        match session.state {
+            State::Asked if has(RST) => session.state = State::GivenUp,
+            State::Answered if has(RST) && !session.is_broken_off() => {
+                session.client_end = End::Reset(Instant::now());
             }
-            state => state,
-        };
+            State::Open if !session.is_over() && has(RST) => session.client_end = session.client_end.reset(),
+            State::Open if !session.is_over() && has(FIN) => session.client_end = End::Finished,
+            _ => {}
+        }
         Fate::Along(*session)
     }
 
@@ -134,20 +166,33 @@ impl Nat {
             .sessions
             .iter_mut()
             .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer))?;
-        let is_reset = protocol == Protocol::Tcp && flags & RST != 0;
-        let is_last = protocol == Protocol::Tcp && flags & FIN != 0;
+        let has = |flag| protocol == Protocol::Tcp && flags & flag != 0;
         let accepts = protocol == Protocol::Tcp && flags == SYN | ACK;
+        let is_plain = !has(SYN) && !has(RST) && !has(FIN);
         let is_hidden = session.peer.ip() != session.client.ip();
-        session.state = match session.state {
-            State::Over if accepts && !is_hidden => State::Past,
-            State::Past => State::Past,
-            _ if is_reset => State::Over,
-            State::Asked | State::GivenUp => State::Answered,
-            State::Open { client_is_done, .. } if is_last => {
-                State::Open { client_is_done, backend_is_done: true }.settled()
+        session.backend_end = session.taken_back(session.backend_end, is_plain);
+        match session.state {
+            State::Past => {}
+            State::Answered | State::Open | State::Refused
+                if session.is_over() || session.state == State::Refused =>
+            {
+                if accepts && !is_hidden {
+                    session.state = State::Past;
+                }
             }
-            state => state,
-        };
+            State::Asked | State::GivenUp if has(RST) => session.state = State::Refused,
+            State::Asked | State::GivenUp => session.state = State::Answered,
+            // What went where the session goes was the client's, who begins again.
+            State::Answered | State::Open if accepts && session.is_broken_off() => {
+                (session.client_end, session.backend_end) = (End::Nothing, End::Nothing);
+            }
+            State::Answered if has(RST) && session.backend_end == End::Nothing => {
+                session.backend_end = End::Reset(Instant::now());
+            }
+            State::Open if has(RST) => session.backend_end = session.backend_end.reset(),
+            State::Open if has(FIN) => session.backend_end = End::Finished,
+            State::Answered | State::Open | State::Refused => {}
+        }
         Some(*session)
     }
 
@@ -162,9 +207,9 @@ impl Nat {
     ) {
         self.sessions.retain(|session| !session.is_by(protocol, client, frontend));
         self.gone.retain(|session| !session.is_by(protocol, client, frontend));
-        // One that is over by another frontend gives way to one that the backend could not tell from it.
+        // Its entries are gone.
         self.give_up(|session| {
-            matches!(session.state, State::Over | State::Past)
+            session.is_past()
                 && (session.protocol, session.client, session.backend) == (protocol, client, backend)
         });
         let taken = self
@@ -172,7 +217,33 @@ impl Nat {
             .iter()
             .find(|session| (session.protocol, session.backend, session.peer) == (protocol, backend, peer));
         assert_eq!(taken, None, "{backend} cannot tell {client}'s session from it");
-        self.sessions.push(Session { protocol, client, frontend, backend, peer, state: State::Asked });
+        self.had.push((protocol, client, frontend, backend));
+        self.sessions.push(Session {
+            protocol,
+            client,
+            frontend,
+            backend,
+            peer,
+            state: State::Asked,
+            client_end: End::Nothing,
+            backend_end: End::Nothing,
+            is_vague: false,
+        });
+    }
+
+    /// Whether the client's port may not be free towards this backend: it was in use there by another frontend, and the
+    /// backend has had no time to forget.
+    pub fn had_by_another(
+        &self,
+        protocol: Protocol,
+        client: SocketAddr,
+        frontend: SocketAddr,
+        backend: SocketAddr,
+    ) -> bool {
+        let is_other = |had: &(Protocol, SocketAddr, SocketAddr, SocketAddr)| {
+            (had.0, had.1, had.3) == (protocol, client, backend) && had.2 != frontend
+        };
+        self.had.iter().any(is_other)
     }
 
     /// A client was turned away when it wanted a new session: what was there before is over.
@@ -191,11 +262,34 @@ impl Session {
     }
 }
 
-impl State {
-    fn settled(self) -> Self {
+impl Session {
+    /// Whether both have said that it is over.
+    fn is_over(&self) -> bool {
+        self.client_end != End::Nothing && self.backend_end != End::Nothing
+    }
+
+    /// Whether one has broken it off.
+    fn is_broken_off(&self) -> bool {
+        [self.client_end, self.backend_end].iter().any(|end| matches!(end, End::Reset(_)))
+    }
+
+    /// What an end has said, after it has sent something else. That of TCP carries no data here.
+    fn taken_back(&mut self, end: End, is_plain: bool) -> End {
+        match end {
+            End::Reset(when) if is_plain && when.elapsed() >= AT_ONCE => {
+                self.is_vague = true;
+                end
+            }
+            end => end,
+        }
+    }
+}
+
+impl End {
+    fn reset(self) -> Self {
         match self {
-            Self::Open { client_is_done: true, backend_is_done: true } => Self::Over,
-            state => state,
+            Self::Reset(_) => self,
+            Self::Nothing | Self::Finished => Self::Reset(Instant::now()),
         }
     }
 }

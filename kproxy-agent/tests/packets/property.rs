@@ -277,6 +277,16 @@ impl History<'_, '_> {
         });
         let before = match (fate, &offer) {
             (Fate::Along(session), _) => Some(session),
+            (Fate::Again(session), Some((_, Some(_)))) => Some(session),
+            // Turned away, it leaves the session as it is.
+            (Fate::Again(_), _) => {
+                let is_turned_away = !matches!(
+                    verdict,
+                    PacketVerdict::SetDestination { .. } | PacketVerdict::SetSource { .. }
+                );
+                assert!(is_turned_away, "{}", about());
+                return;
+            }
             (Fate::Late(session), _) => {
                 let goes_on = sent.is_some_and(|sent| sent.destination() == session.backend);
                 assert!(goes_on || matches!(verdict, PacketVerdict::Pass { .. }), "{}", about());
@@ -337,12 +347,9 @@ impl History<'_, '_> {
             let mask = if out == Device::Aside { Who::NodeAside } else { Who::Node };
             assert_eq!(peer.ip(), mask.ip(self.family), "{}", about());
             assert!((MASK_PORTS.0..MASK_PORTS.0 + MASK_PORTS.1).contains(&peer.port()), "{}", about());
-        } else if self.nat.sessions.iter().any(|session| {
-            (session.protocol, session.backend, session.client) == (protocol, backend, client)
-                && session.frontend != frontend
-        }) {
-            // The client speaks to the same backend by another frontend: from another port, so that the backend can
-            // tell them apart.
+        } else if self.nat.had_by_another(protocol, client, frontend, backend) {
+            // The client speaks to the same backend by another frontend, or did so just now: from another port, so that
+            // the backend can tell them apart.
             assert_eq!(peer.ip(), client.ip(), "{}", about());
         } else {
             assert_eq!(peer, client, "{}", about());

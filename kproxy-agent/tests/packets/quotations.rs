@@ -36,6 +36,7 @@ pub fn read(bytes: &[u8], at: usize, [source, destination]: [Address; 2]) -> Hea
         protocol: Protocol::Udp,
         tcp: TcpFlags::default(),
         piece: Piece::Whole,
+        has_payload: false,
     };
     let mut message = IcmpMeta { source, destination, kind, quoted: nobody, quotes: false };
     let quoted_at = match kind {
@@ -121,5 +122,6 @@ fn quoted(bytes: &[u8], at: usize, is_v4: bool) -> Option<PacketMeta> {
         protocol,
         tcp,
         piece: Piece::Whole,
+        has_payload: false,
     })
 }

@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use kproxy_common::{FlowState, PacketVerdict, Protocol, Reason, map_names};
+use kproxy_common::{Ends, FlowEnd, FlowState, PacketVerdict, Protocol, Reason, map_names};
 use serde_json::json;
 
 use crate::{
@@ -168,6 +168,15 @@ const FROM_THE_HOST: &[(Frontend, Expect)] = &[
     (LoadBalancer(6), Pass(Reason::PassThrough)),
     (Elsewhere, Pass(Reason::NotAService)),
 ];
+
+/// How far a flow has come, and who has ended it.
+type State = (FlowState, Ends);
+
+const OPENING: State = (FlowState::Opening, Ends::OPEN);
+const ANSWERED: State = (FlowState::Answered, Ends::OPEN);
+const ESTABLISHED: State = (FlowState::Established, Ends::OPEN);
+const FINISHED: State =
+    (FlowState::Established, Ends { client: FlowEnd::Finished, backend: FlowEnd::Finished });
 
 /// How far a flow of TCP is taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -406,22 +415,28 @@ impl Conversation {
 
     fn hold(&self, world: &mut World, expect: Expect, end: End, about: &str) {
         let Some(way) = self.open(world, expect, about) else { return };
-        self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Opening, about);
+        self.states(world, map_names::FLOW_TRANSIENT, way, OPENING, about);
         // A retransmission goes the same way.
         self.request(world, way, SYN, about);
 
         if end == End::Refused {
             self.reply(world, way, RST | ACK, about);
-            return self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Closed, about);
+            return self.states(
+                world,
+                map_names::FLOW_TRANSIENT,
+                way,
+                (FlowState::Opening, Ends::RESET),
+                about,
+            );
         }
         self.reply(world, way, SYN | ACK, about);
-        self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Answered, about);
+        self.states(world, map_names::FLOW_TRANSIENT, way, ANSWERED, about);
         self.request(world, way, ACK, about);
-        self.states(world, map_names::FLOW, way, FlowState::Established, about);
+        self.states(world, map_names::FLOW, way, ESTABLISHED, about);
         self.request(world, way, ACK | PSH, about);
         self.reply(world, way, ACK | PSH, about);
         if self.protocol == Protocol::Udp {
-            return self.states(world, map_names::FLOW, way, FlowState::Established, about);
+            return self.states(world, map_names::FLOW, way, ESTABLISHED, about);
         }
         match end {
             End::ClientFirst => {
@@ -430,21 +445,34 @@ impl Conversation {
                 self.reply(world, way, ACK | PSH, about);
                 self.request(world, way, ACK, about);
                 self.reply(world, way, ACK | FIN, about);
-                self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Closed, about);
+                self.states(world, map_names::FLOW_TRANSIENT, way, FINISHED, about);
                 self.request(world, way, ACK, about);
             }
             End::BackendFirst => {
                 self.reply(world, way, ACK | FIN, about);
                 self.request(world, way, ACK | PSH, about);
                 self.request(world, way, ACK | FIN, about);
-                self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Closed, about);
+                self.states(world, map_names::FLOW_TRANSIENT, way, FINISHED, about);
                 self.reply(world, way, ACK, about);
             }
-            End::ClientResets => self.request(world, way, RST, about),
-            End::BackendResets => self.reply(world, way, RST | ACK, about),
+            // Who has not said it may have been spoken for by a stranger: the flow stays where it is.
+            End::ClientResets => {
+                self.request(world, way, RST, about);
+                let ends = Ends { client: FlowEnd::Reset, ..Ends::OPEN };
+                self.states(world, map_names::FLOW, way, (FlowState::Established, ends), about);
+                self.reply(world, way, RST, about);
+            }
+            End::BackendResets => {
+                self.reply(world, way, RST | ACK, about);
+                let ends = Ends { backend: FlowEnd::Reset, ..Ends::OPEN };
+                self.states(world, map_names::FLOW, way, (FlowState::Established, ends), about);
+                self.request(world, way, RST, about);
+            }
             End::Refused => {}
         }
-        self.states(world, map_names::FLOW_TRANSIENT, way, FlowState::Closed, about);
+        let is_reset = matches!(end, End::ClientResets | End::BackendResets);
+        let done = if is_reset { (FlowState::Established, Ends::RESET) } else { FINISHED };
+        self.states(world, map_names::FLOW_TRANSIENT, way, done, about);
         world.compare_flows();
     }
 
@@ -487,12 +515,11 @@ impl Conversation {
     }
 
     /// All entries of the flow stand in this table, in this state, and in the other one is none.
-    fn states(&self, world: &mut World, table: &'static str, way: Way, state: FlowState, about: &str) {
+    fn states(&self, world: &mut World, table: &'static str, way: Way, state: State, about: &str) {
         let (client, frontend) = (ends(self.client), ends(self.frontend));
         let (backend, peer) = (ends(way.backend), ends(way.peer));
         let mut ours = vec![(client, frontend), (backend, client)];
-        // The inner entries of a masked flow stay as they are until it is established.
-        if peer != client && state != FlowState::Answered {
+        if peer != client {
             ours.extend([(client, backend), (backend, peer)]);
         }
         for map in [map_names::FLOW, map_names::FLOW_TRANSIENT] {
@@ -501,7 +528,7 @@ impl Conversation {
                 let key_ends = ((key.source, key.source_port), (key.destination, key.destination_port));
                 key.protocol == self.protocol && ours.contains(&key_ends)
             });
-            let states: Vec<FlowState> = entries.map(|(_, flow)| flow.state).collect();
+            let states: Vec<State> = entries.map(|(_, flow)| (flow.state, flow.ends)).collect();
             let expected = if map == table { vec![state; ours.len()] } else { Vec::new() };
             assert_eq!(states, expected, "{about}: {map}");
         }

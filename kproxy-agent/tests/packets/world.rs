@@ -9,14 +9,14 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData, ProgramArray},
+    maps::{HashMap, MapData, PerCpuArray, PerCpuValues, ProgramArray},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
     flows::{Keeper, Serving, Step},
     maps::{
         Reconciler,
-        kernel::{DeviceMap, FlowMaps, FlowTable, KernelMaps},
+        kernel::{DeviceMap, FlowMaps, KernelMaps},
         memory::{FlowView, Flows},
     },
     model::{Change, Model, NodeConfig, parse},
@@ -24,11 +24,14 @@ use kproxy::{
     wanted::ServiceKey,
 };
 use kproxy_common::{
-    Address, Behind, Cidr, Config, DeviceAddresses, Flow, FlowKey, Hook, IcmpMeta, IcmpVerdict, MAX_CIDRS,
-    PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason, elapsed, follow_fragment, map_names,
-    on_egress, on_icmp, on_ingress, on_other_protocol,
+    Address, Behind, Cidr, Config, DeviceAddresses, Flow, FlowEnd, FlowKey, FlowStore as _, FlowTable, Hook,
+    IcmpMeta, IcmpVerdict, MAX_CIDRS, NOTE_EVERY, PACKET_PARTS, PacketMeta, PacketVerdict, Reason, elapsed,
+    follow_fragment, map_names, on_egress, on_icmp, on_ingress, on_other_protocol,
 };
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    sched::{CloneFlags, CpuSet, sched_getcpu, sched_setaffinity, unshare},
+    unistd::Pid,
+};
 
 use crate::{
     answers,
@@ -111,12 +114,21 @@ pub fn in_world(capacities: Capacities, test: impl FnOnce(&mut World) + Send) {
     std::thread::scope(|scope| {
         let run = || {
             unshare(CloneFlags::CLONE_NEWNET).expect("root can make a network namespace");
+            stay_on_one_cpu();
             test(&mut World::new(capacities));
         };
         if let Err(panic) = scope.spawn(run).join() {
             std::panic::resume_unwind(panic);
         }
     });
+}
+
+/// What programs keep for each CPU is kept in one place on the host.
+fn stay_on_one_cpu() {
+    let mut one = CpuSet::new();
+    let cpu = sched_getcpu().expect("it is known where this runs");
+    one.set(cpu).expect("it is one of those that there are");
+    sched_setaffinity(Pid::from_raw(0), &one).expect("it is allowed to run there");
 }
 
 /// Enough for every test that is not about room.
@@ -268,6 +280,7 @@ impl World {
 
     /// Runs a program on these bytes, and nothing else.
     pub fn run(&mut self, at: At, link: Link, bytes: &[u8]) -> Outcome {
+        self.wait_for_one_opinion(at, link, bytes);
         let index = self.index(device(at));
         let program =
             self.programs.object().program(program(at, link)).expect("the program is in the object");
@@ -283,6 +296,24 @@ impl World {
         let action = Action::of(result.return_value as i32)
             .unwrap_or_else(|| panic!("{at:?} returned {} for {bytes:02x?}", result.return_value));
         Outcome { action, bytes: self.buffer[..result.data_size_out as usize].to_vec() }
+    }
+
+    /// Where a moment decides what becomes of a packet, the program and the host, which are asked one after the other, can
+    /// have two opinions: waits until it has passed for both.
+    fn wait_for_one_opinion(&mut self, at: At, link: Link, bytes: &[u8]) {
+        const BEFORE: u64 = NOTE_EVERY - 100_000_000;
+        const AFTER: u64 = NOTE_EVERY + 20_000_000;
+        let Ok(frame) = Frame::parse(link, bytes) else { return };
+        let mut key = FlowKey::EMPTY;
+        let hook = if matches!(at, At::In(_)) { Hook::Ingress } else { Hook::Egress };
+        frame.meta().write_key(hook, &mut key);
+        for table in FlowTable::BOTH {
+            let seen = self.host.read(table, &key, |flow| flow.last_seen);
+            let Some(age) = seen.map(|seen| elapsed(self.host_now(), seen)) else { continue };
+            if (BEFORE..AFTER).contains(&age) {
+                std::thread::sleep(Duration::from_nanos(AFTER - age));
+            }
+        }
     }
 
     /// The program at a hook.
@@ -393,6 +424,13 @@ impl World {
             let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
             keys.iter().for_each(|key| map.remove(key).expect("it is there"));
         }
+        let map = self.programs.object().map_mut("waiting").expect("the map is in the object");
+        let mut waiting: PerCpuArray<_, [u64; 5]> = PerCpuArray::try_from(map).expect("one for each CPU");
+        let cpus = aya::util::nr_cpus().expect("it is known how many CPUs there are");
+        for index in 0..waiting.len() {
+            let nobody = PerCpuValues::try_from(vec![[0; 5]; cpus]).expect("one for each CPU");
+            waiting.set(index, nobody, 0).expect("it is there");
+        }
         let map = self.programs.object().map_mut(map_names::FRAGMENT).expect("the map is in the object");
         let mut map: HashMap<_, [u8; 40], [u8; 16]> = HashMap::try_from(map).expect("it is a hash");
         let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
@@ -475,6 +513,32 @@ impl World {
         self.ahead += time;
     }
 
+    /// Established flows that are there already say of their ends what these say.
+    pub fn restore_ends(&mut self, like: &BTreeMap<FlowKey, Flow>) {
+        self.edit(like, |flow, like| flow.ends = like.ends);
+    }
+
+    /// The clients of these established flows have finished.
+    pub fn finish_clients(&mut self, flows: &BTreeMap<FlowKey, Flow>) {
+        self.edit(flows, |flow, _| flow.ends.client = FlowEnd::Finished);
+    }
+
+    fn edit(&mut self, flows: &BTreeMap<FlowKey, Flow>, edit: impl Fn(&mut Flow, &Flow)) {
+        let mut entries = self.entries(map_names::FLOW);
+        let map = self.programs.object().map_mut(map_names::FLOW).expect("the map is in the object");
+        let mut map: HashMap<_, [u8; 40], [u8; 64]> = HashMap::try_from(map).expect("it is a hash");
+        for (key, like) in flows {
+            let flow = entries.get_mut(key).expect("it is there");
+            edit(flow, like);
+            map.insert(key.to_bytes(), flow.to_bytes(), 0).expect("it is there");
+            let is_changed = self.host.change(FlowTable::Established, key, |flow| {
+                edit(flow, like);
+                true
+            });
+            assert!(is_changed, "the host has it as well");
+        }
+    }
+
     /// The entry under this key makes room for others.
     pub fn evict(&mut self, evicted: &FlowKey) {
         self.host.evict(evicted);
@@ -490,8 +554,16 @@ impl World {
         }
     }
 
-    /// The agent sweeps the tables of flows, once from end to end.
+    /// The agent sweeps the tables of flows, once from end to end; the host's lose what these do.
     pub fn sweep(&mut self) {
+        let before = self.all_entries();
+        self.sweep_maps();
+        for (before, after) in before.into_iter().zip(self.all_entries()) {
+            before.keys().filter(|key| !after.contains_key(key)).for_each(|key| self.host.evict(key));
+        }
+    }
+
+    fn sweep_maps(&mut self) {
         let object = self.object();
         let maps = FlowMaps::from_fds(|name| fd_of(object, name));
         let mut now = Instant::now();
@@ -569,34 +641,7 @@ pub fn context(index: u32) -> [u8; 192] {
 }
 
 fn flow_of((key, flow): ([u8; 40], [u8; 64])) -> (FlowKey, Flow) {
-    let address = |bytes: &[u8]| Address::new(bytes.try_into().expect("16 octets"));
-    let u16_at = |bytes: &[u8], at| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-    let u32_at =
-        |bytes: &[u8], at| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let key = FlowKey {
-        source: address(&key[..16]),
-        destination: address(&key[16..32]),
-        source_port: u16_at(&key, 32),
-        destination_port: u16_at(&key, 34),
-        protocol: Protocol::try_from(key[36]).expect("a protocol"),
-        hook: Hook::try_from(key[37]).expect("a hook"),
-        _pad: u16_at(&key, 38),
-    };
-    let flow = Flow {
-        address: address(&flow[..16]),
-        companion: address(&flow[16..32]),
-        port: u16_at(&flow, 32),
-        companion_port: u16_at(&flow, 34),
-        state: kproxy_common::FlowState::try_from(flow[36]).expect("a state"),
-        role: kproxy_common::Role::try_from(flow[37]).expect("a role"),
-        client_port: u16_at(&flow, 38),
-        number: u32_at(&flow, 40),
-        service: u32_at(&flow, 44),
-        slot: u32_at(&flow, 48),
-        _pad2: u32_at(&flow, 52),
-        last_seen: u64::from(u32_at(&flow, 56)) | u64::from(u32_at(&flow, 60)) << 32,
-    };
-    (key, flow)
+    (FlowKey::from_bytes(&key).expect("a key"), Flow::from_bytes(&flow).expect("an entry"))
 }
 
 fn now() -> u64 {

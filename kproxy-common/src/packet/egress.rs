@@ -20,8 +20,7 @@ pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) ->
 #[inline(always)]
 pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.flow(packet, Hook::Egress) {
-        if packet.tcp.changes_nothing() {
-            life::note(tables, packet, Hook::Egress, &flow);
+        if packet.tcp.changes_nothing() && !life::is_due(tables, &flow) {
             return Quick::decided(flow.set_source());
         }
         return Quick::Known;
@@ -31,10 +30,9 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
         let is_known = if is_reply {
             !matches!(flow.state, FlowState::Opening) && packet.tcp.changes_nothing()
         } else {
-            flow.port != 0 && !life::may_be_past(packet, &flow)
+            flow.port != 0 && !packet.tcp.opens()
         };
-        if is_known {
-            life::note_unanswered(tables, packet, Hook::Egress, &flow);
+        if is_known && !life::is_transient_due(tables, packet, &flow) {
             return Quick::decided(flow.set_source());
         }
         return Quick::Known;
@@ -49,6 +47,9 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
 #[inline(always)]
 pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
     if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        if life::may_be_past(tables, packet, &flow) && life::give_way(tables, packet) {
+            return Decision::pass(Reason::NotAService).into();
+        }
         life::advance(tables, packet, Hook::Egress, &flow);
         return flow.set_source().about(packet);
     }
@@ -56,17 +57,18 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
         // It has just been evicted.
         return Decision::drop(Reason::NoFlow).into();
     };
-    if life::may_be_past(packet, &flow) && life::give_way(tables, packet) {
+    if life::may_be_past(tables, packet, &flow) && life::give_way(tables, packet) {
         return Decision::pass(Reason::NotAService).into();
     }
-    let reason = if matches!(flow.role, Role::Reply) {
+    let is_answer = matches!(flow.role, Role::Reply) && matches!(flow.state, FlowState::Opening);
+    let mut reason = Reason::Forwarded;
+    if flow.port == 0 {
+        reason = mask::mask(tables, packet, device, &mut flow);
+    } else if !is_answer && life::is_transient_due(tables, packet, &flow) {
+        life::note_transient(tables, packet, Hook::Egress, flow.is_clients());
+    } else if matches!(flow.role, Role::Reply) {
         life::answer(tables, packet);
-        Reason::Forwarded
-    } else if flow.port == 0 {
-        mask::mask(tables, packet, device, &mut flow)
-    } else {
-        Reason::Forwarded
-    };
+    }
     let decision =
         if matches!(reason, Reason::Forwarded) { flow.set_source() } else { Decision::drop(reason) };
     decision.about(packet)

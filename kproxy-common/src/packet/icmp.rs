@@ -1,6 +1,6 @@
 //! ICMP and ICMPv6: errors about translated packets, redirects, and echo.
 
-use super::{FlowTables, Hit, PacketMeta, PacketVerdict, on_other_protocol};
+use super::{FlowTables, Hit, PacketMeta, PacketVerdict, entry, on_other_protocol};
 use crate::{Address, Hook, Reason, Role};
 
 /// What an ICMP message is, as far as it is our business.
@@ -106,14 +106,6 @@ fn translate(icmp: &IcmpMeta, hook: Hook, flow: &Hit) -> IcmpVerdict {
     }
     let (address, port) = (flow.address, flow.port);
     IcmpVerdict::Translate { address, port, client_port: flow.written_client_port(), outer }
-}
-
-#[inline(always)]
-fn entry<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) -> Option<Hit> {
-    match tables.flow(packet, hook) {
-        Some(flow) => Some(flow),
-        None => tables.transient(packet, hook),
-    }
 }
 
 /// The packet that answers this one.

@@ -1,9 +1,9 @@
 //! Packets that come in: from clients to frontends, and from backends to the masks of clients.
 
-use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, life, mask};
+use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, entry, life, mask};
 use crate::{
-    Balance, Choice, ClientKind, Conversation, FlowState, Hook, Reason, Resolution, Role, choose, is_masked,
-    resolve,
+    Action, Balance, Choice, ClientKind, Conversation, Ends, FlowState, Hook, REST, Reason, Resolution, Role,
+    choose, is_masked, resolve,
 };
 
 /// A packet that comes in by the interface `device`.
@@ -26,24 +26,20 @@ pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -
 #[inline(always)]
 pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.flow(packet, Hook::Ingress) {
-        if packet.tcp.changes_nothing() {
-            life::note(tables, packet, Hook::Ingress, &flow);
+        if packet.tcp.changes_nothing() && !life::is_due(tables, &flow) {
             return Quick::decided(flow.set_destination());
         }
-        // A client's SYN on an established flow is a new connection from a port that it uses again. A backend's is of
-        // the flow, as whatever it sends to a mask.
+        // A client's SYN on an established flow may be a new connection from a port that it uses again. A backend's is
+        // of the flow, as whatever it sends to a mask.
         let is_again = packet.tcp.opens() && matches!(flow.role, Role::Request);
         return if is_again { Quick::New } else { Quick::Known };
     }
     if let Some(flow) = tables.transient(packet, Hook::Ingress)
-        && (!packet.tcp.opens()
-            || matches!(flow.state, FlowState::Opening | FlowState::Answered)
-            || matches!(flow.role, Role::Return))
+        && (!packet.tcp.opens() || !flow.ends.is_closed() || matches!(flow.role, Role::Return))
     {
-        if life::goes_on(packet, &flow) {
+        if life::goes_on(packet, &flow) || life::is_transient_due(tables, packet, &flow) {
             return Quick::Known;
         }
-        life::note_unanswered(tables, packet, Hook::Ingress, &flow);
         return Quick::decided(flow.set_destination());
     }
     if !packet.may_open() {
@@ -62,6 +58,8 @@ pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVe
     } else if let Some(flow) = tables.transient(packet, Hook::Ingress) {
         if life::goes_on(packet, &flow) {
             life::go_on(tables, packet);
+        } else if life::is_transient_due(tables, packet, &flow) {
+            life::note_transient(tables, packet, Hook::Ingress, flow.is_clients());
         }
         flow.set_destination()
     } else {
@@ -103,6 +101,13 @@ pub fn open_ingress<T: FlowTables>(
     device: u32,
     balance: &Balance,
 ) -> PacketVerdict {
+    if life::goes_along(tables, packet, balance) {
+        return match entry(tables, packet, Hook::Ingress) {
+            Some(flow) => flow.set_destination().into(),
+            // It has just been evicted.
+            None => Decision::drop(Reason::NoFlow).into(),
+        };
+    }
     // What a connection before it, from the same port, has left.
     life::retire(tables, packet, Hook::Ingress);
     open(tables, packet, device, balance).into()
@@ -125,8 +130,7 @@ fn open<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, balance: &B
     if inner_port == 0 {
         return Decision::drop(Reason::MaskPortsExhausted);
     }
-    let client_port = if inner_port == u32::from(packet.source_port) { 0 } else { inner_port as u16 };
-    Decision::to(backend.address(), backend.port(), client_port)
+    Decision::to(backend.address(), backend.port(), inner_port as u16)
 }
 
 /// Why nothing is opened by this packet, and nobody told so, whatever the Service says; [`Reason::Forwarded`] if there
@@ -178,22 +182,23 @@ fn begin<T: FlowTables>(
         flow.inner_port = packet.source_port;
         flow.protocol = packet.protocol;
         flow.state = FlowState::Opening;
+        flow.ends = Ends::OPEN;
         flow.number = number;
         flow.service = backend.service();
         flow.slot = choice.slot;
         flow.last_seen = tables.now();
-        if !tables.put_new(flow, Role::Reply) {
+        if !tables.act(flow, Role::Reply, Action::Take { rest: REST }) {
             if is_own(tables, flow) {
-                tables.put_transient(flow, Role::Reply);
+                tables.act(flow, Role::Reply, Action::Put);
             } else if !mask::choose_inner_port(tables, packet, flow) {
                 return 0;
             }
         }
-        tables.put_transient(flow, Role::Request);
+        tables.act(flow, Role::Request, Action::Put);
         if is_masked {
             // Where the packet leaves, and so with which address it is masked, routing decides: the mask's port 0
             // asks for it.
-            tables.put_transient(flow, Role::Forwarded);
+            tables.act(flow, Role::Forwarded, Action::Put);
         }
         u32::from(flow.inner_port)
     });
@@ -208,7 +213,6 @@ fn begin<T: FlowTables>(
 fn is_own<T: FlowTables>(tables: &T, flow: &Conversation) -> bool {
     tables.occupant(flow, Role::Reply).is_some_and(|other| {
         // What has ended, another may be taking.
-        !matches!(other.state, FlowState::Closed)
-            && (other.address, other.port) == (flow.frontend, flow.frontend_port)
+        !other.ends.is_closed() && (other.address, other.port) == (flow.frontend, flow.frontend_port)
     })
 }

@@ -1,7 +1,7 @@
 //! Hiding clients behind an address of this node, or behind another port of their own.
 
 use super::{FlowTables, Hit, PacketMeta};
-use crate::{Config, Conversation, Hook, Reason, Role};
+use crate::{Action, Config, Conversation, HURRIED_REST, Hook, REST, Reason, Role};
 
 /// How many ports are tried before the packet is dropped, as often as netfilter tries at first
 /// (`nf_nat_l4proto_unique_tuple`). Where 60,000 of 64,512 ports are held, of 10,000 flows one finds none. The next packet of
@@ -28,10 +28,10 @@ pub(super) fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, 
         let mut tries = 0;
         while tries < TRIES {
             flow.mask_port = port(config, start, tries, tries < RESERVED_TRIES);
-            if tables.put_new_return(flow) {
-                tables.put_transient(flow, Role::Request);
-                tables.put_transient(flow, Role::Forwarded);
-                tables.put_transient(flow, Role::Reply);
+            if tables.take_return(flow, rest(tries, TRIES)) {
+                tables.act(flow, Role::Request, Action::Put);
+                tables.act(flow, Role::Forwarded, Action::Put);
+                tables.act(flow, Role::Reply, Action::Put);
                 masked.address = address;
                 masked.port = flow.mask_port;
                 return true;
@@ -62,12 +62,19 @@ pub(super) fn choose_inner_port<T: FlowTables>(
     let mut tries = 0;
     while tries < INNER_TRIES {
         flow.inner_port = port(config, start, tries, true);
-        if tables.put_new(flow, Role::Reply) {
+        if tables.act(flow, Role::Reply, Action::Take { rest: rest(tries, INNER_TRIES) }) {
             return true;
         }
         tries += 1;
     }
     false
+}
+
+/// How long the port of this try, of so many, must have rested. The last quarter is less choosy: after it the packet is
+/// dropped for certain.
+#[inline(always)]
+fn rest(tries: u32, of: u32) -> u64 {
+    if tries < of - of / 4 { REST } else { HURRIED_REST }
 }
 
 /// One of the ports for masking. Each try is mixed anew: tries at even steps from one another meet the same few ports

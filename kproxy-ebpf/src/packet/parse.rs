@@ -178,3 +178,44 @@ pub fn transport(ctx: &TcContext, parsed: &mut Parsed, protocol: u8) -> Result<(
     parsed.meta.destination_port = ports as u16;
     Ok(())
 }
+
+/// Whether a packet carries data: TCP's behind its header, as the IP header has it, since a frame may be padded; of SCTP, a
+/// chunk of it first. Of UDP, and of what has no transport header, nobody asks. What cannot be read counts as data.
+#[inline(always)]
+pub fn has_payload(ctx: &TcContext, parsed: &Parsed) -> bool {
+    let (network, at) = (parsed.network, parsed.transport);
+    match parsed.meta.protocol {
+        Protocol::Udp => true,
+        _ if matches!(parsed.meta.piece, Piece::Later) => true,
+        Protocol::Tcp => {
+            let (Some(end), Some(header)) = (payload_end(ctx, parsed), read::<[u32; 4]>(ctx, at)) else {
+                return true;
+            };
+            let header_length = (u32::from_be(header[3]) >> 28) * 4;
+            end > (at - network) + header_length
+        }
+        Protocol::Sctp => {
+            let Some(header) = read::<[u32; 4]>(ctx, at) else {
+                return true;
+            };
+            // DATA (RFC 9260, 3.3.1) and I-DATA (RFC 8260, 2.1).
+            matches!(u32::from_be(header[3]) >> 24, 0 | 64)
+        }
+    }
+}
+
+/// Where the packet ends, from the IP header's beginning; beyond everything if it is too long for its header to say.
+#[inline(always)]
+fn payload_end(ctx: &TcContext, parsed: &Parsed) -> Option<u32> {
+    let length = if parsed.is_v4() {
+        let header: [u16; 2] = read(ctx, parsed.network)?;
+        u32::from(u16::from_be(header[1]))
+    } else {
+        let header: [u16; 3] = read(ctx, parsed.network)?;
+        match u16::from_be(header[2]) {
+            0 => 0,
+            length => u32::from(length) + IPV6_HEADER,
+        }
+    };
+    Some(if length == 0 { u32::MAX } else { length })
+}

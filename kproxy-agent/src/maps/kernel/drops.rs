@@ -3,12 +3,12 @@
 use std::{mem::offset_of, path::Path};
 
 use kproxy_common::{
-    Address, AddressKind, DropEvent, DropListener, FlowKey, FrontendKey, Hook, Protocol, ServiceInfo,
-    map_names,
+    Address, AddressKind, DropEvent, DropListener, FlowKey, FlowTable, FrontendKey, Hook, Protocol,
+    ServiceInfo, map_names,
 };
 
 use super::{
-    FlowMaps, FlowTable, MapError,
+    FlowMaps, MapError,
     flows::{address_at, u16_at},
     read::{u32_at, u64_at},
     shape,

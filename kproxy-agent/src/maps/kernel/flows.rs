@@ -1,50 +1,14 @@
 //! The tables of flows. Programs write them; the agent sweeps them, and the commands read them, both page by page:
 //! they can hold a million entries, and no one needs these at once.
 
-use std::{io, mem::offset_of, os::fd::OwnedFd, path::Path};
+use std::{io, os::fd::OwnedFd, path::Path};
 
 use kproxy_common::{
-    Address, Conversation, Flow, FlowKey, FlowState, Hook, Protocol, Role, ServiceIdentity, ServiceInfo,
-    map_names,
+    Address, Conversation, Flow, FlowKey, FlowTable, Role, ServiceIdentity, ServiceInfo, map_names,
 };
 
-use super::{
-    MapError,
-    batch::Batches,
-    read::{info_from_bytes, u32_at, u64_at},
-    shape,
-};
+use super::{MapError, batch::Batches, read::info_from_bytes, shape};
 use crate::maps::sys::{self, Map, Mapping, Position, bytes_of};
-
-/// Which of the two tables.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum FlowTable {
-    /// Flows whose peer has answered.
-    Established,
-    /// Flows that are being opened or closed.
-    Transient,
-}
-
-impl FlowTable {
-    /// Both.
-    pub const BOTH: [Self; 2] = [Self::Established, Self::Transient];
-
-    /// The map's name.
-    pub const fn map(self) -> &'static str {
-        match self {
-            Self::Established => map_names::FLOW,
-            Self::Transient => map_names::FLOW_TRANSIENT,
-        }
-    }
-
-    /// The word for it in output.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Established => "established",
-            Self::Transient => "transient",
-        }
-    }
-}
 
 /// Where reading a table goes on.
 #[derive(Clone, Debug, Default)]
@@ -180,8 +144,8 @@ impl FlowMaps {
     /// One entry.
     pub fn get(&self, table: FlowTable, key: &FlowKey) -> Result<Option<Flow>, MapError> {
         let failed = |source| MapError::Call { what: "read", map: table.map(), source };
-        let value = self.map(table).lookup(bytes_of(std::slice::from_ref(key))).map_err(failed)?;
-        Ok(value.and_then(|value| flow_from_bytes(&value)))
+        let value = self.map(table).lookup(&key.to_bytes()).map_err(failed)?;
+        Ok(value.and_then(|value| Flow::from_bytes(value.as_slice().try_into().ok()?).ok()))
     }
 
     /// The entry that the flow has in this role, in whichever table.
@@ -255,35 +219,8 @@ fn parse_all(keys: &[u8], values: &[u8]) -> Vec<(FlowKey, Flow)> {
 }
 
 fn parse(key: &[u8], value: &[u8]) -> Option<(FlowKey, Flow)> {
-    Some((key_from_bytes(key)?, flow_from_bytes(value)?))
-}
-
-fn key_from_bytes(bytes: &[u8]) -> Option<FlowKey> {
-    Some(FlowKey {
-        source: address_at(bytes, offset_of!(FlowKey, source))?,
-        destination: address_at(bytes, offset_of!(FlowKey, destination))?,
-        source_port: u16_at(bytes, offset_of!(FlowKey, source_port))?,
-        destination_port: u16_at(bytes, offset_of!(FlowKey, destination_port))?,
-        protocol: Protocol::try_from(*bytes.get(offset_of!(FlowKey, protocol))?).ok()?,
-        hook: Hook::try_from(*bytes.get(offset_of!(FlowKey, hook))?).ok()?,
-        ..FlowKey::EMPTY
-    })
-}
-
-fn flow_from_bytes(bytes: &[u8]) -> Option<Flow> {
-    Some(Flow {
-        address: address_at(bytes, offset_of!(Flow, address))?,
-        companion: address_at(bytes, offset_of!(Flow, companion))?,
-        port: u16_at(bytes, offset_of!(Flow, port))?,
-        companion_port: u16_at(bytes, offset_of!(Flow, companion_port))?,
-        state: FlowState::try_from(*bytes.get(offset_of!(Flow, state))?).ok()?,
-        role: Role::try_from(*bytes.get(offset_of!(Flow, role))?).ok()?,
-        number: u32_at(bytes, offset_of!(Flow, number))?,
-        service: u32_at(bytes, offset_of!(Flow, service))?,
-        slot: u32_at(bytes, offset_of!(Flow, slot))?,
-        last_seen: u64_at(bytes, offset_of!(Flow, last_seen))?,
-        ..Flow::EMPTY
-    })
+    let key = FlowKey::from_bytes(key.try_into().ok()?).ok()?;
+    Some((key, Flow::from_bytes(value.try_into().ok()?).ok()?))
 }
 
 pub(super) fn address_at(bytes: &[u8], at: usize) -> Option<Address> {
@@ -320,7 +257,7 @@ impl FlowMaps {
     pub(crate) fn put(&self, table: FlowTable, whole: &Conversation, role: Role) -> FlowKey {
         let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
         whole.write_entry(role, &mut key, &mut flow);
-        self.map(table).update(bytes_of(&[key]), bytes_of(&[flow]), sys::BPF_ANY).unwrap();
+        self.map(table).update(&key.to_bytes(), &flow.to_bytes(), sys::BPF_ANY).unwrap();
         key
     }
 }
@@ -329,7 +266,74 @@ impl FlowMaps {
 mod tests {
     use std::collections::BTreeSet;
 
+    use kproxy_common::{Ends, FlowEnd, FlowState, Protocol};
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// The agent reads of an entry what a program has written, every field of it.
+        #[test]
+        fn an_entry_is_read_as_it_was_written(flow in any_flow(), role in any_role()) {
+            let (mut key, mut value) = (FlowKey::EMPTY, Flow::EMPTY);
+            flow.write_entry(role, &mut key, &mut value);
+            let (key_bytes, value_bytes) = (bytes_of(&[key]).to_vec(), bytes_of(&[value]).to_vec());
+            prop_assert_eq!(parse(&key_bytes, &value_bytes), Some((key, value)));
+            prop_assert_eq!(&key.to_bytes()[..], key_bytes);
+            prop_assert_eq!(&value.to_bytes()[..], value_bytes);
+        }
+
+        /// What another version has written is no entry, or one whose every byte has a meaning.
+        #[test]
+        fn bytes_are_an_entry_or_refused(bytes in any::<[[u8; 20]; 2]>(), value in any::<[[u8; 32]; 2]>()) {
+            let (key, value) = (bytes.concat(), value.concat());
+            if let Some((read, flow)) = parse(&key, &value) {
+                prop_assert_eq!(&read.to_bytes()[..], key);
+                prop_assert_eq!(&Flow { _pad2: 0, ..flow }.to_bytes()[..54], &value[..54]);
+            }
+        }
+    }
+
+    fn any_role() -> impl Strategy<Value = Role> {
+        prop::sample::select(vec![Role::Request, Role::Forwarded, Role::Return, Role::Reply])
+    }
+
+    fn any_end() -> impl Strategy<Value = FlowEnd> {
+        prop::sample::select(vec![FlowEnd::Open, FlowEnd::Finished, FlowEnd::Reset])
+    }
+
+    fn any_flow() -> impl Strategy<Value = Conversation> {
+        let address = || any::<[u8; 16]>().prop_map(Address::new);
+        let ports = prop::array::uniform5(1_u16..);
+        let state = vec![FlowState::Opening, FlowState::Answered, FlowState::Established];
+        let protocol = vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+        let said = (prop::sample::select(state), any_end(), any_end(), prop::sample::select(protocol));
+        let rest = (any::<[u32; 3]>(), any::<u64>(), any::<bool>(), said);
+        let ends = (address(), address(), address(), address());
+        (ends, ports, rest).prop_map(|((client, frontend, backend, mask), ports, rest)| {
+            let [client_port, frontend_port, backend_port, mask_port, inner_port] = ports;
+            let ([number, service, slot], last_seen, has_one_port, said) = rest;
+            let (state, client_end, backend_end, protocol) = said;
+            Conversation {
+                client,
+                frontend,
+                backend,
+                mask,
+                client_port,
+                frontend_port,
+                backend_port,
+                mask_port,
+                inner_port: if has_one_port { client_port } else { inner_port },
+                protocol,
+                state,
+                ends: Ends { client: client_end, backend: backend_end },
+                number,
+                service,
+                slot,
+                last_seen,
+            }
+        })
+    }
 
     fn whole(client_port: u16) -> Conversation {
         Conversation {

@@ -2,13 +2,14 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
 };
 
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config, Conversation,
-    Counters, DeviceAddresses, Flow, FlowKey, FlowState, FlowTables, FragmentKey, FragmentPorts, FrontendKey,
-    Hit, Hook, PacketMeta, Role, ServiceIdentity, Side,
+    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config,
+    Conversation, Counters, DeviceAddresses, Flow, FlowKey, FlowStore, FlowTable, FlowTables, FragmentKey,
+    FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side, WAITING,
+    flow_store as store,
 };
 
 use crate::plan::{Tables, View};
@@ -25,6 +26,8 @@ pub struct Flows {
     pub now: u64,
     flow: RefCell<BTreeMap<FlowKey, Flow>>,
     transient: RefCell<BTreeMap<FlowKey, Flow>>,
+    /// Requests of flows that wait for what their ends do.
+    waiting: RefCell<VecDeque<FlowKey>>,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
     counters: RefCell<BTreeMap<u32, Counters>>,
@@ -52,9 +55,54 @@ impl Flows {
         self.transient.get_mut().remove(key);
     }
 
+    fn table(&self, table: FlowTable) -> &RefCell<BTreeMap<FlowKey, Flow>> {
+        match table {
+            FlowTable::Established => &self.flow,
+            FlowTable::Transient => &self.transient,
+        }
+    }
+
     /// `counter` of a number.
     pub fn counters(&self, number: u32) -> Counters {
         self.counters.borrow().get(&number).copied().unwrap_or_default()
+    }
+}
+
+/// One CPU's, so that nobody else ever claims a key.
+impl FlowStore for Flows {
+    fn read<R>(&self, table: FlowTable, key: &FlowKey, read: impl FnOnce(&Flow) -> R) -> Option<R> {
+        self.table(table).borrow().get(key).map(read)
+    }
+
+    fn insert(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        let mut table = self.table(table).borrow_mut();
+        let is_free = !table.contains_key(key);
+        if is_free {
+            table.insert(*key, *flow);
+        }
+        is_free
+    }
+
+    fn replace(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        self.table(table).borrow_mut().get_mut(key).map(|standing| *standing = *flow).is_some()
+    }
+
+    fn remove(&self, table: FlowTable, key: &FlowKey) -> bool {
+        self.table(table).borrow_mut().remove(key).is_some()
+    }
+
+    fn change(&self, table: FlowTable, key: &FlowKey, change: impl FnOnce(&mut Flow) -> bool) -> bool {
+        self.table(table).borrow_mut().get_mut(key).is_some_and(change)
+    }
+
+    fn claim(&self, _: &FlowKey) -> bool {
+        true
+    }
+
+    fn release(&self, _: &FlowKey) {}
+
+    fn time(&self) -> u64 {
+        self.now
     }
 }
 
@@ -164,59 +212,21 @@ impl FlowTables for FlowView<'_> {
         act(&mut { Conversation::EMPTY })
     }
 
-    fn put_new(&self, whole: &Conversation, role: Role) -> bool {
+    fn act(&self, whole: &Conversation, role: Role, action: Action) -> bool {
         let (key, flow) = entry(whole, role);
-        let lives = |flow: &Flow| flow.state != FlowState::Closed;
-        if self.flows.flow.borrow().contains_key(&key)
-            || self.flows.transient.borrow().get(&key).is_some_and(lives)
-        {
-            return false;
-        }
-        self.flows.transient.borrow_mut().insert(key, flow);
-        true
-    }
-
-    fn put_transient(&self, whole: &Conversation, role: Role) {
-        let (key, flow) = entry(whole, role);
-        self.flows.transient.borrow_mut().insert(key, flow);
-    }
-
-    fn put_established(&self, whole: &Conversation, role: Role) {
-        let (key, flow) = entry(whole, role);
-        let standing = self.flows.transient.borrow().get(&key).copied();
-        let is_its = match standing {
-            None => self.put_new(whole, role),
-            Some(standing) => leads(&standing) == leads(&flow) || flow.role == Role::Forwarded,
-        };
-        if is_its {
-            self.flows.flow.borrow_mut().insert(key, flow);
-            self.flows.transient.borrow_mut().remove(&key);
+        match action {
+            Action::Take { rest } => store::take(self.flows, &key, &flow, rest),
+            Action::Put => store::put(self.flows, &key, &flow),
+            Action::Establish => store::establish(self.flows, &key, &flow),
+            Action::End => store::end(self.flows, &key, &flow),
+            Action::StepAside => store::step_aside(self.flows, &key),
+            Action::Mark(table, marks) => store::mark(self.flows, table, &key, &flow, marks),
+            Action::Keep(table, marks) => store::keep(self.flows, table, &key, &flow, marks),
         }
     }
 
-    fn put_ended(&self, whole: &Conversation, role: Role) {
-        let (key, flow) = entry(whole, role);
-        let is_its = self.flows.flow.borrow().get(&key).map(|standing| leads(standing) == leads(&flow));
-        if is_its == Some(false) {
-            return;
-        }
-        let mut transient = self.flows.transient.borrow_mut();
-        let is_its_place = match transient.get(&key) {
-            None => is_its.is_some(),
-            Some(other) => other.state != FlowState::Closed && leads(other) == leads(&flow),
-        };
-        if is_its_place {
-            transient.insert(key, flow);
-        }
-        self.flows.flow.borrow_mut().remove(&key);
-    }
-
-    fn remove_ended(&self, whole: &Conversation, role: Role) {
-        let (key, _) = entry(whole, role);
-        let mut transient = self.flows.transient.borrow_mut();
-        if transient.get(&key).is_some_and(|flow| flow.state == FlowState::Closed) {
-            transient.remove(&key);
-        }
+    fn act_all(&self, whole: &Conversation, action: Action) -> bool {
+        store::for_all(whole, |role| self.act(whole, role, action))
     }
 
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
@@ -225,29 +235,19 @@ impl FlowTables for FlowView<'_> {
         established.or_else(|| self.flows.transient.borrow().get(&key).map(Hit::from))
     }
 
-    fn mark_transient(&self, whole: &Conversation, role: Role) -> bool {
-        let (key, flow) = entry(whole, role);
-        let mut transient = self.flows.transient.borrow_mut();
-        let own = transient.get_mut(&key).filter(|other| leads(other) == leads(&flow));
-        let marked = own.map(|other| (other.state, other.last_seen) = (flow.state, flow.last_seen));
-        marked.is_some()
-    }
-
-    fn state_of(&self, whole: &Conversation, role: Role) -> Option<FlowState> {
-        self.flows.flow.borrow().get(&entry(whole, role).0).map(|flow| flow.state)
-    }
-
-    fn note(&self, packet: &PacketMeta, hook: Hook, state: FlowState, last_seen: u64) {
-        if let Some(flow) = self.flows.flow.borrow_mut().get_mut(&key(packet, hook)) {
-            flow.state = state;
-            flow.last_seen = last_seen;
+    fn wait(&self, whole: &mut Conversation) -> bool {
+        let mut waiting = self.flows.waiting.borrow_mut();
+        waiting.push_back(entry(whole, Role::Request).0);
+        if waiting.len() <= WAITING as usize {
+            return false;
         }
-    }
-
-    fn note_transient(&self, packet: &PacketMeta, hook: Hook, last_seen: u64) {
-        if let Some(flow) = self.flows.transient.borrow_mut().get_mut(&key(packet, hook)) {
-            flow.last_seen = last_seen;
-        }
+        let Some((key, flow)) =
+            waiting.pop_front().and_then(|key| Some((key, self.flows.flow.borrow().get(&key).copied()?)))
+        else {
+            return false;
+        };
+        whole.read_entry(&key, &flow);
+        true
     }
 
     fn mask_address(&self, device: u32, like: &Address) -> Option<Address> {
@@ -294,11 +294,6 @@ fn key(packet: &PacketMeta, hook: Hook) -> FlowKey {
     let mut key = FlowKey::EMPTY;
     packet.write_key(hook, &mut key);
     key
-}
-
-/// What of an entry tells where it leads.
-fn leads(flow: &Flow) -> (Address, u16, u16) {
-    (flow.address, flow.port, flow.client_port)
 }
 
 fn entry(whole: &Conversation, role: Role) -> (FlowKey, Flow) {
