@@ -2,12 +2,14 @@
 //! no rule accepts, and what a kube-proxy left behind. Read by the usual tools; without them nothing is known.
 
 mod accept;
+mod node_ports;
 
 use std::{fs, io, process::Command};
 
 use serde_json::Value;
 
 pub use accept::{FORWARD_MARK, accept, withdraw};
+pub use node_ports::early_rules;
 
 /// A chain at the forward hook with policy DROP: what arrives for pods of this node is dropped there unless a
 /// rule of that very chain accepts it; what another chain accepts does not count.

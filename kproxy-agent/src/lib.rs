@@ -10,6 +10,7 @@ pub mod events;
 pub mod explain;
 pub mod firewall;
 pub mod flows;
+mod ipsec;
 pub mod maps;
 pub mod model;
 mod namespaces;

@@ -48,6 +48,9 @@ fn in_the_way(ctx: &Context) -> Result<()> {
             "bridge-nf-call-iptables",
             "reserved ports",
             "forwarding",
+            "firewall on NodePorts",
+            "IPsec policies",
+            "in-kernel clients",
         ] {
             let (status, detail) = check(&node, name)?;
             ensure!(status == "ok", "{name}: {detail}");
@@ -77,6 +80,43 @@ fn in_the_way(ctx: &Context) -> Result<()> {
             "kube-proxy --cleanup",
         ];
         warns(&node, "kube-proxy", &expected)
+    });
+    steps.step("firewall rules that NodePorts' packets no longer meet", || {
+        node.nft(
+            "table inet early {\n chain guard {\n type filter hook prerouting priority mangle;\n \
+             tcp dport 30000-32767 drop\n tcp dport 80 drop\n }\n}\n",
+        )?;
+        node.run(&[
+            "iptables",
+            "-t",
+            "raw",
+            "-A",
+            "PREROUTING",
+            "-p",
+            "udp",
+            "--dport",
+            "30053",
+            "-j",
+            "DROP",
+        ])?
+        .success()?;
+        let expected =
+            ["nft inet early guard", "-A PREROUTING -p udp -m udp --dport 30053 -j DROP", "FORWARD"];
+        warns(&node, "firewall on NodePorts", &expected)
+    });
+    steps.step("an IPsec policy", || {
+        let add = "xfrm policy add src 10.0.0.0/8 dst 10.244.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 \
+                   proto esp mode tunnel";
+        node.ip_command(add)?;
+        let six =
+            "xfrm policy add src 2001:db8::/32 dst 2001:db8:1::/48 dir in tmpl proto esp mode transport";
+        node.ip_command(six)?;
+        let expected = [
+            "src 10.0.0.0/8 dst 10.244.0.0/16 dir out",
+            "src 2001:db8::/32 dst 2001:db8:1::/48 dir in",
+            "transport mode",
+        ];
+        warns(&node, "IPsec policies", &expected)
     });
     steps.step("kube-ipvs0", || {
         // This kernel has no dummy devices: a bridge of that name is as good.

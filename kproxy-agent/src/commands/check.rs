@@ -1,5 +1,6 @@
 //! `kproxy check`: can this node run kproxy; what is missing, and what that costs.
 
+mod behaviour;
 mod node;
 
 use std::path::Path;
@@ -86,6 +87,9 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         node::bridges(),
         node::reserved_ports(),
         node::forwarding(),
+        behaviour::early_rules(&common.bpf_root),
+        behaviour::ipsec(),
+        behaviour::in_kernel_clients(),
     ];
     let failed = checks.iter().filter(|finding| finding.status == Status::Failed).count();
     print::print(&Report { checks, programs, refused }, args.output, text)?;

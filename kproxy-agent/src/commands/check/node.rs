@@ -179,7 +179,7 @@ fn bridge_names() -> Result<Vec<String>> {
     Ok(devices.into_values().filter(|device| device.is_bridge).map(|device| device.name).collect())
 }
 
-fn not_looked_at(check: &'static str, error: &FirewallError) -> Finding {
+pub(super) fn not_looked_at(check: &'static str, error: &FirewallError) -> Finding {
     match error {
         FirewallError::NoTool => finding(check, Status::Ok, format!("not looked at: {error}")),
         FirewallError::Failed(_) => finding(check, Status::Warning, format!("cannot be looked at: {error}")),
