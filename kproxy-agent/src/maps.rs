@@ -9,7 +9,9 @@ mod ring;
 pub mod status;
 mod sys;
 
-use kproxy_common::{Address, AddressKind, Backend, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey};
+use kproxy_common::{
+    Address, AddressKind, Backend, BackendSlots, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey,
+};
 
 pub use self::{
     execute::{Counts, Outcome, StepTime, execute},
@@ -40,6 +42,8 @@ pub struct WriteError {
 pub trait MapWriter {
     /// Backends into the slots from `first_slot` on.
     fn write_backends(&mut self, first_slot: u32, backends: &[Backend]) -> Result<(), WriteError>;
+    /// Where the backend with this [`Backend::id`] stands, by one store.
+    fn store_backend_slots(&mut self, backend: u32, slots: BackendSlots) -> Result<(), WriteError>;
     /// Whose number it is.
     fn write_info(&mut self, number: u32, info: &ServiceInfo) -> Result<(), WriteError>;
     /// The whole entry of a number that no frontend leads to.

@@ -4,6 +4,8 @@
 //! The rules that make every prefix of a plan safe for programs that read meanwhile:
 //!
 //! - Backends are written only into slots that no word points at, before any word does.
+//! - A backend's id names the slot in which it was just written and the one that words point at still, until the
+//!   next change: whoever looks for it finds it, whichever word he has read.
 //! - What changes under a number changes by single stores of 64-bit words, each of which is a whole truth.
 //! - Hash maps are inserted into and deleted from, never replaced: inserts first, deletes last.
 //! - What was taken out of use (numbers, slots, source ranges that nothing asks for) is used again, or deleted,
@@ -15,6 +17,7 @@
 //! A number belongs to its frontend as long as that exists, also when the frontend moves to another Service.
 
 mod addresses;
+mod backend_ids;
 mod check;
 mod error;
 mod restore;
@@ -34,7 +37,9 @@ use std::{
     sync::Arc,
 };
 
-use kproxy_common::{Address, AddressKind, Backend, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey};
+use kproxy_common::{
+    Address, AddressKind, Backend, BackendSlots, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey,
+};
 
 pub use self::{
     error::PlanError,
@@ -120,6 +125,8 @@ pub struct Op<T> {
 pub enum Step {
     /// Backends into slots that nothing points at.
     WriteBackends(Vec<Op<Block>>),
+    /// Where backends stand, of the slots just written and, for who has read before, of those that they stood in.
+    StoreBackendSlots(Vec<Op<Vec<(u32, BackendSlots)>>>),
     /// Whose number it is: new numbers, and numbers that change hands or get another entry.
     WriteInfos(Vec<Op<Info>>),
     /// Counters of new numbers to zero.
@@ -325,6 +332,7 @@ enum Fate {
 #[derive(Clone, Copy, Default)]
 struct Lengths {
     backends: usize,
+    backend_slots: usize,
     infos: usize,
     counters: usize,
     source_ranges: usize,
@@ -343,6 +351,7 @@ struct Lengths {
 #[derive(Default)]
 struct Writes {
     backends: Vec<Op<Block>>,
+    backend_slots: Vec<Op<Vec<(u32, BackendSlots)>>>,
     infos: Vec<Op<Info>>,
     counters: Vec<Op<u32>>,
     source_ranges: Vec<Op<SourceRangeKey>>,
@@ -361,6 +370,7 @@ impl Writes {
     fn lengths(&self) -> Lengths {
         Lengths {
             backends: self.backends.len(),
+            backend_slots: self.backend_slots.len(),
             infos: self.infos.len(),
             counters: self.counters.len(),
             source_ranges: self.source_ranges.len(),
@@ -380,6 +390,7 @@ impl Writes {
     fn truncate(&mut self, lengths: &Lengths) {
         let Lengths {
             backends,
+            backend_slots,
             infos,
             counters,
             source_ranges,
@@ -394,6 +405,7 @@ impl Writes {
             deleted_addresses,
         } = *lengths;
         self.backends.truncate(backends);
+        self.backend_slots.truncate(backend_slots);
         self.infos.truncate(infos);
         self.counters.truncate(counters);
         self.source_ranges.truncate(source_ranges);
@@ -412,6 +424,7 @@ impl Writes {
     fn into_steps(self) -> Vec<Step> {
         let mut steps = Vec::new();
         push(&mut steps, self.backends, Step::WriteBackends);
+        push(&mut steps, self.backend_slots, Step::StoreBackendSlots);
         push(&mut steps, self.infos, Step::WriteInfos);
         push(&mut steps, self.counters, Step::ResetCounters);
         push(&mut steps, self.source_ranges, Step::InsertSourceRanges);

@@ -11,6 +11,8 @@ mod decision;
 mod generate;
 #[path = "model_properties/kernel.rs"]
 mod kernel;
+#[path = "model_properties/large.rs"]
+mod large;
 #[path = "support/map_fds.rs"]
 mod map_fds;
 #[path = "model_properties/naive.rs"]

@@ -5,14 +5,9 @@
 //! The rules are kube-proxy's (`pkg/proxy` of Kubernetes), read for one connection.
 
 use crate::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Config, FrontendKey, Mode, Options,
-    Protocol, Reason, ServiceIdentity, Side, TrafficPolicy, elapsed,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, Config, FrontendKey,
+    Mode, Options, Protocol, Reason, ServiceIdentity, Side, TrafficPolicy, elapsed,
 };
-
-/// How many slots are searched for a backend that has moved. Beyond it a client of a Service with more
-/// endpoints is balanced anew after a change of the Service; the bound keeps the loop verifiable on kernels
-/// without bpf_loop.
-pub const AFFINITY_SCAN_LIMIT: u32 = 256;
 
 /// What the decision reads, and the affinity that it writes.
 pub trait Tables {
@@ -30,6 +25,8 @@ pub trait Tables {
     fn block(&self, number: u32) -> Option<Block>;
     /// The backend in this slot.
     fn backend(&self, slot: u32) -> Option<Backend>;
+    /// Where the backend with this [`Backend::id`] stands.
+    fn slots_of(&self, backend: u32) -> Option<BackendSlots>;
     /// Whether `client` lies in a source range of frontend `number`.
     fn source_allowed(&self, number: u32, client: &Address) -> bool;
     /// Whether the pod whose network namespace has this cookie is opted out of the socket hooks.
@@ -59,8 +56,8 @@ pub struct Wanted {
     pub port: u16,
     /// The Service port that its slot must belong to.
     pub service: u32,
-    /// The slot in which it stood when last seen.
-    pub hint: u32,
+    /// [`Backend::id`].
+    pub backend: u32,
     /// The first slot that counts.
     pub first: u32,
     /// How many slots count.
@@ -200,7 +197,7 @@ pub fn choose<T: Tables>(tables: &T, balance: &Balance, client: &Client, pick: u
 }
 
 /// Whether the backend at `address` and `port` still serves the Service port `service` behind frontend
-/// `number`; the slot where it stands now, if so. `hint` is where it stood when last seen.
+/// `number`. `backend` is its [`Backend::id`].
 #[inline(always)]
 pub fn still_serves<T: Tables>(
     tables: &T,
@@ -208,15 +205,24 @@ pub fn still_serves<T: Tables>(
     service: u32,
     address: &Address,
     port: u16,
-    hint: u32,
-) -> Option<u32> {
-    let identity = tables.identity(number)?;
-    if identity.service() != service {
-        return None;
-    }
-    let block = tables.block(number)?;
+    backend: u32,
+) -> bool {
+    let (Some(identity), Some(block)) = (tables.identity(number), tables.block(number)) else {
+        return false;
+    };
     let (first, count) = (block.first_slot(), block.serving());
-    tables.locate(&Wanted { address: *address, port, service, hint, first, count })
+    identity.service() == service
+        && tables.locate(&Wanted { address: *address, port, service, backend, first, count }).is_some()
+}
+
+/// The slot in which the backend stands now, among those that count.
+#[inline(always)]
+pub fn search<T: Tables>(tables: &T, wanted: &Wanted) -> Option<u32> {
+    let Wanted { address, port, service, backend, first, count } = wanted;
+    tables.slots_of(*backend)?.both().into_iter().find(|slot| {
+        slot.wrapping_sub(*first) < u32::from(*count)
+            && tables.backend(*slot).is_some_and(|backend| backend.is(*service, address, *port))
+    })
 }
 
 /// The frontend's number; where there is none, what follows from that.
@@ -311,12 +317,8 @@ fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityK
         return NONE;
     };
     if own == ELSEWHERE && other == NONE {
-        // Only in the other set by now: kept as that one's.
         key.set = set(is_local);
-        if let Some(value) = tables.affinity(&key) {
-            key.set = set(!is_local);
-            tables.remember(&key, &value);
-        }
+        keep_for_other_set(tables, &key);
     }
     key.set = set(is_local);
     let value = AffinityValue {
@@ -324,7 +326,7 @@ fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityK
         port: u32::from(backend.port()),
         joined: backend.joined(),
         service: key.service,
-        slot,
+        backend: backend.id(),
         last_used: tables.now(),
     };
     tables.remember(&key, &value);
@@ -334,6 +336,16 @@ fn slot_by_affinity<T: Tables>(tables: &T, balance: &Balance, client: &AffinityK
 #[inline(always)]
 fn set(is_local: bool) -> TrafficPolicy {
     if is_local { TrafficPolicy::Local } else { TrafficPolicy::Cluster }
+}
+
+/// What stands under `key` is by now in the other set only, and kept as that one's. A function of its own for its
+/// stack, too.
+#[inline(never)]
+fn keep_for_other_set<T: Tables>(tables: &T, key: &AffinityKey) {
+    if let Some(value) = tables.affinity(key) {
+        let other = AffinityKey { set: set(matches!(key.set, TrafficPolicy::Cluster)), ..*key };
+        tables.remember(&other, &value);
+    }
 }
 
 /// The slot of the backend that stands under `key`, if it is in the set in force; it is remembered for longer then.
@@ -352,24 +364,26 @@ fn slot_of_client<T: Tables>(tables: &T, balance: &Balance, key: &AffinityKey) -
     if value.service != key.service || elapsed(now, value.last_used) > timeout {
         return NONE;
     }
-    let wanted = Wanted {
+    let mut wanted = Wanted {
         address: value.address,
         port: value.port as u16,
         service: key.service,
-        hint: value.slot,
-        first: block.first_slot(),
-        count: block.in_sets(),
+        backend: value.backend,
+        first: balance.side.first_slot(),
+        count: balance.side.count(),
     };
-    let Some(slot) = tables.locate(&wanted) else {
+    // First the set in force, as its word was when this connection was resolved: the block can have changed since.
+    let in_force = tables.locate(&wanted);
+    (wanted.first, wanted.count) = (block.first_slot(), block.in_sets());
+    let Some(slot) = in_force.or_else(|| tables.locate(&wanted)) else {
         return NONE;
     };
     if tables.backend(slot).is_none_or(|backend| backend.joined() != value.joined) {
         return NONE;
     }
-    if slot.wrapping_sub(balance.side.first_slot()) >= u32::from(balance.side.count()) {
+    if in_force.is_none() {
         return ELSEWHERE;
     }
-    value.slot = slot;
     value.last_used = now;
     tables.remember(key, &value);
     u64::from(slot)
@@ -391,32 +405,4 @@ fn affinity_client(client: &Client) -> AffinityKey {
     let cookie = client.netns_cookie;
     let client = Address::from_words([0, 0, (cookie >> 32) as u32, cookie as u32]);
     AffinityKey { client, by_namespace: 1, ..key }
-}
-
-/// The slot in which the backend stands now. The hint makes it one read in nearly every case: slots move only
-/// when the Service changes.
-#[inline(always)]
-pub fn search<T: Tables>(tables: &T, wanted: &Wanted) -> Option<u32> {
-    let Wanted { address, port, service, hint, first, count } = wanted;
-    let count = u32::from(*count);
-    if hint.wrapping_sub(*first) < count
-        && let Some(backend) = tables.backend(*hint)
-        && backend.is(*service, address, *port)
-    {
-        return Some(*hint);
-    }
-    let mut offset = 0;
-    while offset < AFFINITY_SCAN_LIMIT {
-        if offset >= count {
-            return None;
-        }
-        let slot = first.wrapping_add(offset);
-        if let Some(backend) = tables.backend(slot)
-            && backend.is(*service, address, *port)
-        {
-            return Some(slot);
-        }
-        offset += 1;
-    }
-    None
 }

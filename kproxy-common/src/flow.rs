@@ -179,8 +179,8 @@ pub struct Flow {
     pub number: u32,
     /// [`ServiceIdentity::service`](crate::ServiceIdentity::service) of the backend.
     pub service: u32,
-    /// Where the backend stood when the flow began.
-    pub slot: u32,
+    /// [`Backend::id`](crate::Backend::id): by which the backend is found.
+    pub backend_id: u32,
     /// Who has ended it.
     pub ends: Ends,
     /// Zero.
@@ -221,8 +221,8 @@ pub struct Conversation {
     pub number: u32,
     /// See [`Flow::service`].
     pub service: u32,
-    /// See [`Flow::slot`].
-    pub slot: u32,
+    /// See [`Flow::backend_id`].
+    pub backend_id: u32,
     /// See [`Flow::last_seen`].
     pub last_seen: u64,
 }
@@ -244,7 +244,7 @@ impl Conversation {
         ends: Ends::OPEN,
         number: 0,
         service: 0,
-        slot: 0,
+        backend_id: 0,
         last_seen: 0,
     };
 
@@ -287,7 +287,7 @@ impl Conversation {
         self.ends = flow.ends;
         self.number = flow.number;
         self.service = flow.service;
-        self.slot = flow.slot;
+        self.backend_id = flow.backend_id;
         self.last_seen = flow.last_seen;
     }
 
@@ -330,7 +330,7 @@ impl Conversation {
         flow.client_port = client_port;
         flow.number = self.number;
         flow.service = self.service;
-        flow.slot = self.slot;
+        flow.backend_id = self.backend_id;
         flow.ends = self.ends;
         flow._pad2 = 0;
         flow.last_seen = self.last_seen;
@@ -362,7 +362,7 @@ impl Flow {
         client_port: 0,
         number: 0,
         service: 0,
-        slot: 0,
+        backend_id: 0,
         ends: Ends::OPEN,
         _pad2: 0,
         last_seen: 0,
@@ -426,7 +426,7 @@ mod tests {
                 ends: Ends { client: FlowEnd::Finished, backend: FlowEnd::Reset },
                 number: 7,
                 service: 5,
-                slot: 9,
+                backend_id: 9,
                 last_seen: 1,
             };
             for role in [Role::Request, Role::Forwarded, Role::Return, Role::Reply] {

@@ -23,6 +23,10 @@ pub mod map_names {
     /// Memory-mapped array, slot to [`Backend`](super::Backend). Written by the agent, only where no
     /// [`ServiceEntry`](super::ServiceEntry) points.
     pub const BACKEND: &str = "backend";
+    /// Memory-mapped array, [`Backend::id`](super::Backend::id) to [`BackendSlots`](super::BackendSlots): where a backend
+    /// stands now. Written by the agent, each element in one store, before any
+    /// [`ServiceEntry`](super::ServiceEntry) points at the slot. What stands in the slot must be compared.
+    pub const BACKEND_SLOT: &str = "backend_slot";
     /// Hash, address to [`AddressEntry`](super::AddressEntry): what an address is, on whichever port.
     /// Written by the agent, inserting and deleting only. A miss: nothing is known of it.
     pub const ADDRESS: &str = "address";
@@ -596,12 +600,12 @@ pub struct Backend {
     state: BackendState,
     service: u32,
     joined: u32,
-    _pad: u32,
+    id: u32,
 }
 
 impl Backend {
     /// The endpoint at `address` and `port` (host order). `service` is the [`ServiceIdentity::service`] that
-    /// it serves, `joined` counts up whenever an endpoint enters the sets anew.
+    /// it serves, `joined` counts up whenever an endpoint enters the sets anew, `id` is its place in `backend_slot`.
     pub const fn new(
         address: Address,
         port: u16,
@@ -609,8 +613,9 @@ impl Backend {
         state: BackendState,
         service: u32,
         joined: u32,
+        id: u32,
     ) -> Self {
-        Self { address, port, location, state, service, joined, _pad: 0 }
+        Self { address, port, location, state, service, joined, id }
     }
 
     /// The endpoint's address.
@@ -655,6 +660,13 @@ impl Backend {
         self.joined
     }
 
+    /// The same in whatever slot the endpoint stands, for as long as it serves this Service port: its place in
+    /// `backend_slot`, where it is found again when the Service's slots have changed. Given out again afterwards.
+    #[inline(always)]
+    pub const fn id(&self) -> u32 {
+        self.id
+    }
+
     /// Whether this is the endpoint at `address` and `port`, in a slot of `service`.
     #[inline(always)]
     pub fn is(&self, service: u32, address: &Address, port: u16) -> bool {
@@ -670,6 +682,7 @@ impl Backend {
         bytes[19] = self.state as u8;
         bytes[20..24].copy_from_slice(&self.service.to_ne_bytes());
         bytes[24..28].copy_from_slice(&self.joined.to_ne_bytes());
+        bytes[28..32].copy_from_slice(&self.id.to_ne_bytes());
         bytes
     }
 
@@ -685,7 +698,52 @@ impl Backend {
             BackendState::try_from(bytes[19])?,
             word(20),
             word(24),
+            word(28),
         ))
+    }
+}
+
+/// Value of `backend_slot`: where a backend stands, in one 64-bit word.
+///
+/// Two slots, since a change of a Service puts its backends into other slots before words point there: a program that
+/// has read a word of before finds the backend in the previous slot, one that has read a word of after in the current
+/// one. Either may hold another backend by now: what stands there must be compared.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BackendSlots {
+    current: u32,
+    previous: u32,
+}
+
+impl BackendSlots {
+    /// In the slot `current`, and before that in `previous`.
+    pub const fn new(current: u32, previous: u32) -> Self {
+        Self { current, previous }
+    }
+
+    /// The slots in which it can be, the likely one first.
+    #[inline(always)]
+    pub const fn both(&self) -> [u32; 2] {
+        [self.current, self.previous]
+    }
+
+    /// Whether `slot` is one of them.
+    #[inline(always)]
+    pub const fn contains(&self, slot: u32) -> bool {
+        self.current == slot || self.previous == slot
+    }
+
+    /// As one word, in the byte order of the map's memory.
+    #[inline(always)]
+    pub const fn to_word(self) -> u64 {
+        pair_to_word(self.current, self.previous)
+    }
+
+    /// From one word of the map's memory.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        let (current, previous) = word_to_pair(word);
+        Self { current, previous }
     }
 }
 
@@ -761,8 +819,8 @@ pub struct AffinityValue {
     pub joined: u32,
     /// [`ServiceIdentity::service`] again: a value read through a hash pointer is checked after copying.
     pub service: u32,
-    /// Where the backend was; checked before it is used.
-    pub slot: u32,
+    /// [`Backend::id`]: where it is found.
+    pub backend: u32,
     /// The last new connection, in nanoseconds since boot.
     pub last_used: u64,
 }
@@ -958,6 +1016,7 @@ const _: () = {
     assert!(size_of::<Side>() == 8);
     assert!(size_of::<ServiceEntry>() == 32);
     assert!(size_of::<Backend>() == 32);
+    assert!(size_of::<BackendSlots>() == 8);
     assert!(size_of::<AddressEntry>() == 4);
     assert!(size_of::<SourceRangeKey>() == 24);
     assert!(size_of::<AffinityKey>() == 24);
@@ -993,6 +1052,11 @@ mod tests {
         // SAFETY: as above.
         assert_eq!(unsafe { core::mem::transmute::<Block, u64>(block) }, block.to_word());
         assert_eq!(Block::from_word(block.to_word()), block);
+
+        let slots = BackendSlots::new(70_000, 3);
+        // SAFETY: as above.
+        assert_eq!(unsafe { core::mem::transmute::<BackendSlots, u64>(slots) }, slots.to_word());
+        assert_eq!(BackendSlots::from_word(slots.to_word()), slots);
     }
 
     #[test]
@@ -1015,7 +1079,8 @@ mod tests {
         assert_eq!(FrontendKey::from_bytes(&node_port.to_bytes()), Ok(node_port));
         let spelled = FrontendKey::new(node_port.address(), 30_080, Protocol::Tcp);
         assert_ne!(spelled, node_port, "a client that names the address does not name the NodePort");
-        let backend = Backend::new(Address::UNSPECIFIED, 9, Location::Local, BackendState::Terminating, 4, 2);
+        let backend =
+            Backend::new(Address::UNSPECIFIED, 9, Location::Local, BackendState::Terminating, 4, 2, 7);
         assert_eq!(Backend::from_bytes(&backend.to_bytes()), Ok(backend));
     }
 }

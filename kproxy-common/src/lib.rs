@@ -23,8 +23,8 @@ pub use arrival::{in_cluster_cidr, is_masked};
 pub use clock::{elapsed, is_before};
 pub use crc32c::crc32c_change;
 pub use decision::{
-    AFFINITY_SCAN_LIMIT, Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose,
-    resolve, search, still_serves,
+    Balance, Choice, Client, ClientKind, Connection, Resolution, Tables, Wanted, choose, resolve, search,
+    still_serves,
 };
 pub use drops::{DROPS_PER_SECOND, DropBudget, DropEvent, DropListener, DropPath};
 pub use flow::{
@@ -32,10 +32,11 @@ pub use flow::{
     Marks, NOTE_EVERY, QUIET, REST, Role, is_over, lifetime, store as flow_store,
 };
 pub use layout::{
-    AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendState, Behind, Block, Config,
-    Counters, DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope, InvalidLayout,
-    LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner, PACKET_PARTS, Protocol,
-    ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey, TrafficPolicy, map_names,
+    AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, BackendState, Behind,
+    Block, Config, Counters, DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope,
+    InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner,
+    PACKET_PARTS, Protocol, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side, SourceRangeKey,
+    TrafficPolicy, map_names,
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,

@@ -25,8 +25,8 @@ pub struct SocketRecord {
     pub number: u32,
     /// [`ServiceIdentity::service`](crate::ServiceIdentity::service) of the backend.
     pub service: u32,
-    /// Where the backend stood; verified before it is used.
-    pub slot: u32,
+    /// [`Backend::id`](crate::Backend::id) of the backend, by which it is found again.
+    pub backend: u32,
     /// The last datagram (TCP: the connect), in nanoseconds since boot.
     pub last_used: u64,
 }
@@ -40,7 +40,7 @@ impl SocketRecord {
         backend_port: 0,
         number: 0,
         service: 0,
-        slot: 0,
+        backend: 0,
         last_used: 0,
     };
 
@@ -82,7 +82,7 @@ pub struct ConnectedSocket {
 }
 
 impl SocketRecords {
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
 
     /// No records.
     pub const fn new() -> Self {
@@ -264,7 +264,7 @@ pub fn socket_connection<T: Tables>(
     if is_opted_out(tables, &connection.client) {
         return LEFT_TO_PACKETS;
     }
-    let Some(Choice { backend, slot }) = choose(tables, &balance, &connection.client, pick()) else {
+    let Some(Choice { backend, .. }) = choose(tables, &balance, &connection.client, pick()) else {
         return SocketVerdict::Leave { reason: Reason::TableError, number: Some(balance.number) };
     };
     let last_used = if matches!(connection.protocol, Protocol::Udp) { tables.now() } else { 0 };
@@ -275,7 +275,7 @@ pub fn socket_connection<T: Tables>(
         backend_port: backend.port(),
         number: balance.number,
         service: backend.service(),
-        slot,
+        backend: backend.id(),
         last_used,
     };
     SocketVerdict::Translate { record, fresh: true }
@@ -300,16 +300,11 @@ fn continued<T: Tables>(tables: &T, number: u32, record: &mut SocketRecord) -> O
     if elapsed(now, record.last_used) > tables.config()?.udp_timeout {
         return None;
     }
-    let slot = still_serves(
-        tables,
-        number,
-        record.service,
-        &record.backend_address,
-        record.backend_port,
-        record.slot,
-    )?;
+    let SocketRecord { service, backend_address, backend_port, backend, .. } = record;
+    if !still_serves(tables, number, *service, backend_address, *backend_port, *backend) {
+        return None;
+    }
     record.number = number;
-    record.slot = slot;
     record.last_used = now;
     Some(*record)
 }

@@ -6,9 +6,9 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
 };
 use kproxy_common::{
-    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config,
-    Conversation, DeviceAddresses, DeviceKey, FlowTables, FragmentKey, FragmentPorts, FrontendKey, Hit, Hook,
-    PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, ClientKind,
+    Config, Conversation, DeviceAddresses, DeviceKey, FlowTables, FragmentKey, FragmentPorts, FrontendKey,
+    Hit, Hook, PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
 };
 
 use crate::{
@@ -87,6 +87,13 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        let slots = maps::BACKEND_SLOT.get_ptr(backend)?.cast::<u64>();
+        // SAFETY: an element is one aligned word, which the agent changes by one store.
+        Some(BackendSlots::from_word(unsafe { core::ptr::read_volatile(slots) }))
+    }
+
+    #[inline(always)]
     fn source_allowed(&self, number: u32, client: &Address) -> bool {
         let range = maps::SourceRange { number, address: *client };
         maps::SOURCE_RANGE.get(&Key::new(SourceRangeKey::NUMBER_BITS + 128, range)).is_some()
@@ -117,7 +124,7 @@ impl Tables for Kernel {
             u64::from(c) << 32 | u64::from(d),
             u64::from(wanted.service) << 32 | u64::from(wanted.port),
             u64::from(wanted.first) << 32 | u64::from(wanted.count),
-            wanted.hint,
+            wanted.backend,
         );
         u32::try_from(slot).ok()
     }
@@ -349,17 +356,17 @@ fn has_socket(skb: *mut __sk_buff, whole: &Conversation) -> bool {
     true
 }
 
-/// The search for a backend that may have moved, as a global function: the verifier checks its loop once, and
+/// The search for a backend that may have moved, as a global function: the verifier checks it once, and
 /// not again for every state of every caller. Its arguments are scalars, which is all that kernels before 5.12
 /// accept there.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn locate_backend(high: u64, low: u64, service_and_port: u64, range: u64, hint: u32) -> u64 {
+extern "C" fn locate_backend(high: u64, low: u64, service_and_port: u64, range: u64, backend: u32) -> u64 {
     let wanted = Wanted {
         address: Address::from_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]),
         port: service_and_port as u16,
         service: (service_and_port >> 32) as u32,
-        hint,
+        backend,
         first: (range >> 32) as u32,
         count: range as u16,
     };

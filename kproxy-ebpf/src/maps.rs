@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use kproxy_common::{
-    Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Conversation, Counters,
+    Address, AddressEntry, AffinityKey, AffinityValue, Backend, BackendSlots, Config, Conversation, Counters,
     DeviceAddresses, DeviceKey, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
     FragmentPorts, FrontendKey, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo,
     SocketRecords, WAITING as WAITING_FLOWS,
@@ -70,6 +70,8 @@ pub static SERVICE: Array<ServiceEntry, FRONTENDS, MAPPED> = Array::new();
 pub static SERVICE_INFO: Array<ServiceInfo, FRONTENDS, MAPPED> = Array::new();
 #[btf_map(name = "backend")]
 pub static BACKEND: Array<Backend, BACKENDS, MAPPED> = Array::new();
+#[btf_map(name = "backend_slot")]
+pub static BACKEND_SLOT: Array<BackendSlots, BACKENDS, MAPPED> = Array::new();
 #[btf_map(name = "address")]
 pub static ADDRESS: HashMap<Address, AddressEntry, FRONTENDS> = HashMap::new();
 #[btf_map(name = "source_range")]

@@ -23,6 +23,7 @@ const MAPS: &[(&str, &[&str])] = &[
     ("backend", &["address", "port", "location", "state"]),
     ("address", &["kind"]),
     ("source_range", &["prefix_len", "number", "address"]),
+    ("backend_slot", &["current", "previous"]),
     ("affinity", &["client", "address", "last_used"]),
     ("flow", &["source", "destination", "source_port", "protocol", "state"]),
     ("flow_transient", &["source", "destination", "state"]),

@@ -26,6 +26,8 @@ pub struct Outcome {
 pub struct Counts {
     /// Slots of `backend`.
     pub backends: u64,
+    /// Elements of `backend_slot`.
+    pub backend_slots: u64,
     /// Elements of `service_info`.
     pub infos: u64,
     /// Words of `service`; four for a whole entry.
@@ -45,14 +47,35 @@ pub struct Counts {
 impl Counts {
     /// All writes; grace periods are none.
     pub fn writes(&self) -> u64 {
-        let Self { backends, infos, words, counters, frontends, addresses, source_ranges, graces: _ } = self;
-        backends + infos + words + counters + frontends + addresses + source_ranges
+        let Self {
+            backends,
+            backend_slots,
+            infos,
+            words,
+            counters,
+            frontends,
+            addresses,
+            source_ranges,
+            graces: _,
+        } = self;
+        backends + backend_slots + infos + words + counters + frontends + addresses + source_ranges
     }
 
     /// Adds another count.
     pub fn add(&mut self, other: &Self) {
-        let Self { backends, infos, words, counters, frontends, addresses, source_ranges, graces } = other;
+        let Self {
+            backends,
+            backend_slots,
+            infos,
+            words,
+            counters,
+            frontends,
+            addresses,
+            source_ranges,
+            graces,
+        } = other;
         self.backends += backends;
+        self.backend_slots += backend_slots;
         self.infos += infos;
         self.words += words;
         self.counters += counters;
@@ -112,6 +135,14 @@ impl Run<'_> {
                 run.writer.write_backends(block.first_slot, &block.backends)?;
                 run.tables.wrote_backends(block.first_slot, &block.backends);
                 run.counts.backends += block.backends.len() as u64;
+                Ok(())
+            }),
+            Step::StoreBackendSlots(ops) => self.each(ops, |run, _, slots| {
+                for (backend, slots) in slots {
+                    run.writer.store_backend_slots(*backend, *slots)?;
+                    run.tables.stored_backend_slots(*backend, *slots);
+                    run.counts.backend_slots += 1;
+                }
                 Ok(())
             }),
             Step::WriteInfos(ops) => self.each(ops, |run, _, write| {
@@ -286,6 +317,7 @@ impl Run<'_> {
 fn name(step: &Step) -> &'static str {
     match step {
         Step::WriteBackends(_) => "write backends",
+        Step::StoreBackendSlots(_) => "store backend slots",
         Step::WriteInfos(_) => "write service infos",
         Step::ResetCounters(_) => "reset counters",
         Step::InsertSourceRanges(_) => "insert source ranges",

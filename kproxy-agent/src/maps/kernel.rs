@@ -22,7 +22,8 @@ use std::{
 };
 
 use kproxy_common::{
-    Address, AddressKind, Backend, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey, map_names,
+    Address, AddressKind, Backend, BackendSlots, FrontendKey, ServiceEntry, ServiceInfo, SourceRangeKey,
+    map_names,
 };
 
 use self::batch::Batches;
@@ -81,6 +82,7 @@ pub struct KernelMaps {
     service: Mapping,
     service_info: Mapping,
     backend: Mapping,
+    backend_slot: Mapping,
     address: Map,
     source_range: Map,
     counter: Map,
@@ -134,6 +136,7 @@ impl KernelMaps {
         let service = checked(map_names::SERVICE)?;
         let service_info = checked(map_names::SERVICE_INFO)?;
         let backend = checked(map_names::BACKEND)?;
+        let backend_slot = checked(map_names::BACKEND_SLOT)?;
         let address = checked(map_names::ADDRESS)?;
         let source_range = checked(map_names::SOURCE_RANGE)?;
         let counter = checked(map_names::COUNTER)?;
@@ -154,7 +157,7 @@ impl KernelMaps {
         let numbers = [&frontend, &service, &service_info, &counter].map(entries);
         let capacity = Capacity {
             frontends: numbers.into_iter().min().unwrap_or(0),
-            backends: entries(&backend),
+            backends: entries(&backend).min(entries(&backend_slot)),
             addresses: entries(&address),
             source_ranges: entries(&source_range),
         };
@@ -165,6 +168,7 @@ impl KernelMaps {
             service: mapped(map_names::SERVICE, &service)?,
             service_info: mapped(map_names::SERVICE_INFO, &service_info)?,
             backend: mapped(map_names::BACKEND, &backend)?,
+            backend_slot: mapped(map_names::BACKEND_SLOT, &backend_slot)?,
             config: mapped(map_names::CONFIG, &config)?,
             frontend,
             address,
@@ -193,6 +197,10 @@ impl KernelMaps {
 impl MapWriter for KernelMaps {
     fn write_backends(&mut self, first_slot: u32, backends: &[Backend]) -> Result<(), WriteError> {
         self.backend.write(first_slot, 0, bytes_of(backends)).map_err(failed(map_names::BACKEND))
+    }
+
+    fn store_backend_slots(&mut self, backend: u32, slots: BackendSlots) -> Result<(), WriteError> {
+        self.backend_slot.store_u64(backend, 0, slots.to_word()).map_err(failed(map_names::BACKEND_SLOT))
     }
 
     fn write_info(&mut self, number: u32, info: &ServiceInfo) -> Result<(), WriteError> {

@@ -6,8 +6,8 @@ mod flows;
 use std::collections::{BTreeMap, BTreeSet};
 
 use kproxy_common::{
-    Address, AddressKind, Backend, FrontendKey, Options, ServiceEntry, ServiceInfo, Side, SourceRangeKey,
-    map_names,
+    Address, AddressKind, Backend, BackendSlots, FrontendKey, Options, ServiceEntry, ServiceInfo, Side,
+    SourceRangeKey, map_names,
 };
 
 pub use self::flows::{FlowView, Flows};
@@ -33,6 +33,8 @@ pub enum Fail {
 pub enum Write {
     /// A backend into a slot.
     Backend(u32),
+    /// Where the backend with this id stands.
+    BackendSlots(u32),
     /// `service_info` of a number.
     Info(u32),
     /// The entry of a number.
@@ -69,6 +71,7 @@ pub struct Memory {
     service: Vec<[u64; 4]>,
     service_info: Vec<Option<ServiceInfo>>,
     backend: Vec<Option<Backend>>,
+    backend_slot: Vec<u64>,
     address: BTreeMap<Address, Option<AddressKind>>,
     source_range: BTreeSet<SourceRangeKey>,
     attempts: u64,
@@ -102,6 +105,7 @@ impl Memory {
             service: snapshot.entries.clone(),
             service_info: snapshot.infos.clone(),
             backend: snapshot.backends.clone(),
+            backend_slot: snapshot.backend_slots.clone(),
             address: snapshot.addresses.iter().copied().collect(),
             source_range: snapshot.source_ranges.iter().copied().collect(),
             attempts: 0,
@@ -114,6 +118,7 @@ impl Memory {
         memory.service.resize(capacity.frontends as usize, [0; 4]);
         memory.service_info.resize(capacity.frontends as usize, None);
         memory.backend.resize(capacity.backends as usize, None);
+        memory.backend_slot.resize(capacity.backends as usize, 0);
         for words in memory.service.clone() {
             for word in Word::STORE_ORDER {
                 memory.point(word, words[word as usize]);
@@ -135,6 +140,7 @@ impl Memory {
             entries: self.service.clone(),
             infos: self.service_info.clone(),
             backends: self.backend.clone(),
+            backend_slots: self.backend_slot.clone(),
             addresses: self.address.iter().map(|(address, kind)| (*address, *kind)).collect(),
             source_ranges: self.source_range.iter().copied().collect(),
         };
@@ -165,6 +171,11 @@ impl Memory {
     /// `backend`.
     pub fn backend(&self, slot: u32) -> Option<Backend> {
         self.backend.get(slot as usize).copied().flatten()
+    }
+
+    /// `backend_slot`.
+    pub fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        self.backend_slot.get(backend as usize).copied().map(BackendSlots::from_word)
     }
 
     /// `address`.
@@ -238,6 +249,13 @@ impl MapWriter for Memory {
             self.backend[slot as usize] = Some(*backend);
             self.log.push(Write::Backend(slot));
         }
+        Ok(())
+    }
+
+    fn store_backend_slots(&mut self, backend: u32, slots: BackendSlots) -> Result<(), WriteError> {
+        self.attempt(map_names::BACKEND_SLOT)?;
+        self.backend_slot[backend as usize] = slots.to_word();
+        self.log.push(Write::BackendSlots(backend));
         Ok(())
     }
 

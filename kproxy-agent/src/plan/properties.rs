@@ -171,6 +171,7 @@ impl History {
         let (is, should) = (tables.snapshot(), self.memory.read_all());
         assert_eq!(is.frontends, should.frontends);
         assert_eq!(is.entries, should.entries);
+        assert_eq!(is.backend_slots, should.backend_slots);
         assert_eq!(is.infos, should.infos);
         assert_eq!(is.addresses, should.addresses);
         assert_eq!(is.source_ranges, should.source_ranges);
@@ -237,6 +238,7 @@ fn history(tight: bool, events: &[Event]) {
     assert_eq!((memory.frontends().len(), memory.addresses().len(), memory.source_ranges().len()), (0, 0, 0));
     assert!((0..capacity.frontends).all(|number| memory.words(number) == [0; 4]));
     assert_eq!((tables.free_numbers(), tables.free_slots()), (capacity.frontends, capacity.backends));
+    assert_eq!(tables.free_backend_ids(), capacity.backends);
     assert_eq!(tables.services().count(), 0);
 }
 

@@ -2,7 +2,7 @@
 //! first plan; it is never trusted.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -13,6 +13,7 @@ use kproxy_common::{
 
 use super::{
     Capacity, Tables,
+    backend_ids::BackendIds,
     slots::{Slots, Word},
     tables::{AddressRecord, Port, PortRecord},
 };
@@ -29,6 +30,8 @@ pub struct Snapshot {
     pub infos: Vec<Option<ServiceInfo>>,
     /// `backend`, by slot; `None` where the bytes form none.
     pub backends: Vec<Option<Backend>>,
+    /// `backend_slot`, by id. Elements beyond the end are zero.
+    pub backend_slots: Vec<u64>,
     /// `address`; `None` for a kind that this version does not know.
     pub addresses: Vec<(Address, Option<AddressKind>)>,
     /// `source_range`.
@@ -44,6 +47,7 @@ impl Snapshot {
         trim(&mut self.entries, |words| *words == [0; 4]);
         trim(&mut self.infos, Option::is_none);
         trim(&mut self.backends, Option::is_none);
+        trim(&mut self.backend_slots, |word| *word == 0);
     }
 }
 
@@ -72,6 +76,7 @@ pub fn restore(snapshot: &Snapshot, capacity: Capacity) -> (Tables, Vec<String>)
         tables.inserted_source_range(*key);
     }
     restore_space(&mut tables);
+    restore_backend_ids(&mut tables, snapshot);
     restore_ids(&mut tables, snapshot);
     restore_owners(&mut tables, &mut problems);
     (tables, problems)
@@ -162,6 +167,22 @@ fn restore_space(tables: &mut Tables) {
             }
         }
     }
+}
+
+/// The ids that slots in use name. Where two backends name one, or one that does not exist, the block of the second is
+/// written anew by the first plan.
+fn restore_backend_ids(tables: &mut Tables, snapshot: &Snapshot) {
+    let mut whose: HashMap<u32, (u32, Address, u16)> = HashMap::new();
+    let slots: Vec<u32> =
+        tables.slots.in_use().flat_map(|(first, length)| first..first.saturating_add(length)).collect();
+    let named = slots.into_iter().filter_map(|slot| {
+        let backend = tables.backend.get(slot as usize).copied().flatten()?;
+        let who = (backend.service(), backend.address(), backend.port());
+        (*whose.entry(backend.id()).or_insert(who) == who).then_some((slot, backend.id()))
+    });
+    let named: Vec<_> = named.collect();
+    tables.ids =
+        BackendIds::restore(tables.capacity.backends, snapshot.backend_slots.clone(), named.into_iter());
 }
 
 /// Numbers that are never given out twice go on after the largest that was seen.

@@ -6,12 +6,14 @@ use std::{
 };
 
 use kproxy_common::{
-    Address, Backend, Block as BlockWord, Cidr, FrontendKey, NAME_LENGTH, Options, ServiceEntry,
-    ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
+    Address, Backend, BackendSlots, Block as BlockWord, Cidr, FrontendKey, NAME_LENGTH, Options,
+    ServiceEntry, ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
 };
 
-use super::{Block, Fate, Handover, Info, Op, PlanError, Planner, Port, Word, check, describe, error::flags};
-use crate::wanted::{WantedFrontend, WantedPort, WantedService, WantedSide};
+use super::{
+    Block, Fate, Handover, Info, Op, PlanError, Planner, Port, Tables, Word, check, describe, error::flags,
+};
+use crate::wanted::{WantedBackend, WantedFrontend, WantedPort, WantedService, WantedSide};
 
 /// Why a Service's writes are not in the plan.
 pub(super) enum Obstacle {
@@ -205,54 +207,106 @@ impl Planner<'_> {
         // Affinity that was switched off has ended: clients of the time before are not bound when it comes back.
         let switched_on = wanted.affinity_timeout > 0
             && numbers.iter().any(|number| self.tables.identity(*number).affinity_timeout() == 0);
-        let mut blocks: HashMap<(u32, u16), u16> = HashMap::new();
-        if !switched_on {
-            for number in &numbers {
-                let block = BlockWord::from_word(self.tables.words(*number)[Word::Block as usize]);
-                if block.serving() > 0 {
-                    let known = blocks.entry((block.first_slot(), block.serving())).or_insert(u16::MAX);
-                    *known = block.in_sets().min(*known);
-                }
+        let mut in_use: HashMap<(u32, u16), u16> = HashMap::new();
+        for number in &numbers {
+            let block = BlockWord::from_word(self.tables.words(*number)[Word::Block as usize]);
+            if block.serving() > 0 {
+                let known = in_use.entry((block.first_slot(), block.serving())).or_insert(u16::MAX);
+                *known = block.in_sets().min(*known);
             }
         }
-        let blocks: BTreeSet<_> =
-            blocks.into_iter().map(|((first, serving), in_sets)| (first, in_sets, serving)).collect();
-        let blocks: Vec<_> =
-            blocks.into_iter().map(|(first, sets, all)| BlockWord::new(first, sets, all)).collect();
+        let in_use: BTreeSet<_> =
+            in_use.into_iter().map(|((first, serving), in_sets)| (first, in_sets, serving)).collect();
+        let in_use: Vec<_> =
+            in_use.into_iter().map(|(first, sets, all)| BlockWord::new(first, sets, all)).collect();
+        let before = self.ids_before(&in_use, wanted, port);
+        let blocks = if switched_on { &[] } else { in_use.as_slice() };
         if let Some(block) = blocks.iter().find(|block| self.holds(block, wanted, port)) {
             self.tables.slots.hold(block.first_slot());
+            self.point_ids_at(index, block, &before);
             return Ok(BlockWord::new(block.first_slot(), in_sets, serving));
         }
-        let Some(first_slot) = self.tables.slots.reserve(u32::from(serving)) else {
-            let slots = &self.tables.slots;
-            return Err(PlanError::NoRoom {
-                needed: usize::from(serving),
-                free: slots.free(),
-                longest: slots.longest_free(),
-                capacity: self.tables.capacity.backends,
-                flag: flags::BACKENDS,
-            }
-            .into());
+        let no_room = |tables: &Tables| PlanError::NoRoom {
+            needed: usize::from(serving),
+            free: tables.slots.free(),
+            longest: tables.slots.longest_free(),
+            capacity: tables.capacity.backends,
+            flag: flags::BACKENDS,
         };
-        let joined = self.joined(&blocks, port);
+        let Some(first_slot) = self.tables.slots.reserve(u32::from(serving)) else {
+            return Err(no_room(self.tables).into());
+        };
+        let at = |backend: &WantedBackend| (backend.address, backend.port);
+        let new = wanted.backends.iter().filter(|backend| !before.contains_key(&at(backend))).count();
+        let Some(new) = self.tables.ids.reserve(new as u32) else {
+            return Err(no_room(self.tables).into());
+        };
+        let mut new = new.into_iter();
+        let joined = self.joined(blocks, port);
         let mut backends = Vec::with_capacity(wanted.backends.len());
-        for (place, backend) in wanted.backends.iter().enumerate() {
-            let joined = match joined.get(&(backend.address, backend.port)) {
+        let mut backend_slots = Vec::with_capacity(wanted.backends.len());
+        for ((place, backend), slot) in wanted.backends.iter().enumerate().zip(first_slot..) {
+            let joined = match joined.get(&at(backend)) {
                 _ if place >= usize::from(in_sets) => 0,
                 Some(joined) => *joined,
                 None => self.tables.new_joined(),
             };
-            backends.push(Backend::new(
-                backend.address,
-                backend.port,
-                backend.location,
-                backend.state,
-                port.id,
-                joined,
-            ));
+            // As many were reserved as are needed.
+            let known = before.get(&at(backend)).copied();
+            let Some((id, previous)) = known.or_else(|| Some((new.next()?, slot))) else { continue };
+            let WantedBackend { address, port: number, location, state } = *backend;
+            backends.push(Backend::new(address, number, location, state, port.id, joined, id));
+            backend_slots.push((id, BackendSlots::new(slot, previous)));
         }
         self.writes.backends.push(Op { party: index, write: Block { first_slot, backends } });
+        self.writes.backend_slots.push(Op { party: index, write: backend_slots });
         Ok(BlockWord::new(first_slot, in_sets, serving))
+    }
+
+    /// The id of each backend that serves, and the slot in which words point at it. Where an agent was stopped between
+    /// two blocks, either; but of a frontend that stays, before that of one that another Service is to take over.
+    fn ids_before(
+        &self,
+        blocks: &[BlockWord],
+        wanted: &WantedPort,
+        port: &Port,
+    ) -> HashMap<(Address, u16), (u32, u32)> {
+        let block_of = |number| BlockWord::from_word(self.tables.words(number)[Word::Block as usize]);
+        let numbers = wanted.frontends.iter().filter_map(|frontend| self.tables.number(&frontend.key));
+        let staying: BTreeSet<u32> = numbers.map(|number| block_of(number).first_slot()).collect();
+        let mut blocks: Vec<_> = blocks.iter().collect();
+        blocks.sort_by_key(|block| !staying.contains(&block.first_slot()));
+        let mut known = HashMap::new();
+        for block in blocks {
+            for slot in (block.first_slot()..).take(usize::from(block.serving())) {
+                let Some(backend) = self.tables.backend(slot) else { continue };
+                if backend.service() == port.id && self.tables.ids.is(slot, backend.id()) {
+                    known.entry((backend.address(), backend.port())).or_insert((backend.id(), slot));
+                }
+            }
+        }
+        known
+    }
+
+    /// Words are going to point at this block, whose backends were written before: their ids must lead there.
+    fn point_ids_at(
+        &mut self,
+        index: usize,
+        block: &BlockWord,
+        before: &HashMap<(Address, u16), (u32, u32)>,
+    ) {
+        let mut write = Vec::new();
+        for slot in (block.first_slot()..).take(usize::from(block.serving())) {
+            let Some(backend) = self.tables.backend(slot) else { continue };
+            if !self.tables.ids.slots(backend.id()).contains(slot) {
+                let previous =
+                    before.get(&(backend.address(), backend.port())).map_or(slot, |(_, slot)| *slot);
+                write.push((backend.id(), BackendSlots::new(slot, previous)));
+            }
+        }
+        if !write.is_empty() {
+            self.writes.backend_slots.push(Op { party: index, write });
+        }
     }
 
     /// Whether a block that is in use holds just what is wanted. One from whose sets a backend that is wanted
@@ -263,7 +317,8 @@ impl Planner<'_> {
         }
         wanted.backends.iter().enumerate().all(|(place, backend)| {
             self.tables.backend(block.first_slot().wrapping_add(place as u32)).is_some_and(|slot| {
-                slot.is(port.id, &backend.address, backend.port)
+                self.tables.ids.is(block.first_slot().wrapping_add(place as u32), slot.id())
+                    && slot.is(port.id, &backend.address, backend.port)
                     && slot.location() == backend.location
                     && slot.state() == backend.state
                     && (place >= usize::from(wanted.in_sets) || slot.joined() != 0)

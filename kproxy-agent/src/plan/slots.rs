@@ -51,6 +51,8 @@ pub struct Slots {
     blocks: BTreeMap<u32, BlockUse>,
     retired: Vec<(u32, u32)>,
     reserved: Vec<Reserved>,
+    /// What became free since this was last taken.
+    freed: Vec<(u32, u32)>,
 }
 
 /// Slots that a plan will point words at.
@@ -79,6 +81,7 @@ impl Slots {
             blocks: BTreeMap::new(),
             retired: Vec::new(),
             reserved: Vec::new(),
+            freed: Vec::new(),
         }
     }
 
@@ -156,7 +159,7 @@ impl Slots {
     /// A word that no program can have read since the last grace period no longer holds `value`.
     pub fn leave_unseen(&mut self, word: Word, value: u64) {
         if let Some((first, length)) = self.forget(word, value) {
-            self.free.give(first, length);
+            self.give(first, length);
         }
     }
 
@@ -174,7 +177,7 @@ impl Slots {
                         && block.words == 0
                     {
                         self.blocks.remove(&first);
-                        self.free.give(first, block.length);
+                        self.give(first, block.length);
                     }
                 }
                 Reserved::Held(first) => {
@@ -188,8 +191,23 @@ impl Slots {
     /// No program holds a word any more that it read before.
     pub fn grace_passed(&mut self) {
         for (first, length) in std::mem::take(&mut self.retired) {
-            self.free.give(first, length);
+            self.give(first, length);
         }
+    }
+
+    /// The runs (first slot and length) that became free since the last call.
+    pub fn take_freed(&mut self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// The runs (first slot and length) that words point at.
+    pub fn in_use(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.blocks.iter().map(|(first, block)| (*first, block.length))
+    }
+
+    fn give(&mut self, first: u32, length: u32) {
+        self.free.give(first, length);
+        self.freed.push((first, length));
     }
 
     fn adopt(&mut self, block: Option<(u32, BlockUse)>) {

@@ -7,12 +7,13 @@ use std::{
 };
 
 use kproxy_common::{
-    Address, AddressKind, Backend, FrontendKey, Options, Protocol, ServiceEntry, ServiceIdentity,
-    ServiceInfo, Side, SourceRangeKey,
+    Address, AddressKind, Backend, BackendSlots, FrontendKey, Options, Protocol, ServiceEntry,
+    ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
 };
 
 use super::{
     Snapshot,
+    backend_ids::BackendIds,
     slots::{Slots, Word},
     spans::Spans,
 };
@@ -72,6 +73,7 @@ pub struct Tables {
     pub(super) complete: bool,
 
     pub(super) slots: Slots,
+    pub(super) ids: BackendIds,
     pub(super) free_numbers: Spans,
     pub(super) reserved_numbers: Vec<u32>,
     /// Numbers without a frontend whose entry still stands.
@@ -139,6 +141,7 @@ pub(super) struct Deleted {
 pub(crate) struct Reserved {
     numbers: usize,
     blocks: usize,
+    ids: usize,
 }
 
 impl Tables {
@@ -159,6 +162,7 @@ impl Tables {
             leftovers: Leftovers::default(),
             complete: false,
             slots: Slots::new(capacity.backends),
+            ids: BackendIds::new(capacity.backends),
             free_numbers: Spans::new(capacity.frontends),
             reserved_numbers: Vec::new(),
             retired_numbers: BTreeSet::new(),
@@ -204,6 +208,11 @@ impl Tables {
         self.backend.get(slot as usize).copied().flatten()
     }
 
+    /// `backend_slot`: where the backend with this id stands.
+    pub fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        (backend < self.capacity.backends).then(|| self.ids.slots(backend))
+    }
+
     /// `address`: what an address is.
     pub fn address(&self, address: &Address) -> Option<AddressKind> {
         self.address.get(address)?.kind
@@ -247,6 +256,11 @@ impl Tables {
         self.slots.free()
     }
 
+    /// How many ids of backends can be given out at once. Those of slots that wait for a grace period do not count.
+    pub fn free_backend_ids(&self) -> u32 {
+        self.ids.free()
+    }
+
     /// Whether something waits for a grace period: to be used again, or to be deleted.
     pub fn needs_grace(&self) -> bool {
         self.deleted != Deleted::default()
@@ -262,6 +276,7 @@ impl Tables {
             entries: self.numbers.iter().map(|number| number.words).collect(),
             infos: self.numbers.iter().map(|number| number.info.as_deref().copied()).collect(),
             backends: self.backend.clone(),
+            backend_slots: self.ids.words().to_vec(),
             addresses: self.address.iter().map(|(address, record)| (*address, record.kind)).collect(),
             source_ranges: self.source_range.values().flatten().copied().collect(),
         };
@@ -321,13 +336,20 @@ impl Tables {
 
     /// How many reservations are open; for [`Tables::release_reserved`].
     pub(super) fn reserved(&self) -> Reserved {
-        Reserved { numbers: self.reserved_numbers.len(), blocks: self.slots.reserved() }
+        Reserved {
+            numbers: self.reserved_numbers.len(),
+            blocks: self.slots.reserved(),
+            ids: self.ids.reserved(),
+        }
     }
 
     /// Closes the reservations after `kept`: what was not written is free again. A number whose entry was
     /// written, but no frontend, waits for its entry to be cleared.
     pub(crate) fn release_reserved(&mut self, kept: Reserved) {
+        // In this order: an id that a slot names, which is freed next, becomes free with it, and once.
+        self.ids.release_reserved(kept.ids);
         self.slots.release_reserved(kept.blocks);
+        self.forget_freed();
         for number in self.reserved_numbers.split_off(kept.numbers) {
             let state = self.number_state(number);
             if state.frontend.is_some() {
@@ -354,6 +376,13 @@ impl Tables {
         for (slot, backend) in self.backend[first..end].iter_mut().zip(backends) {
             *slot = Some(*backend);
         }
+        for (slot, backend) in (first as u32..).zip(backends) {
+            self.ids.name(slot, backend.id());
+        }
+    }
+
+    pub(crate) fn stored_backend_slots(&mut self, backend: u32, slots: BackendSlots) {
+        self.ids.stored(backend, slots);
     }
 
     pub(crate) fn wrote_info(&mut self, number: u32, info: &Arc<ServiceInfo>, port: &Arc<Port>) {
@@ -376,6 +405,7 @@ impl Tables {
             self.slots.refer(word, words[word as usize]);
             self.slots.leave_unseen(word, old[word as usize]);
         }
+        self.forget_freed();
         if words == [0; 4] && self.retired_numbers.remove(&number) {
             self.free_numbers.give(number, 1);
         }
@@ -449,6 +479,14 @@ impl Tables {
     pub(crate) fn grace_passed(&mut self) {
         self.deleted = Deleted::default();
         self.slots.grace_passed();
+        self.forget_freed();
+    }
+
+    /// What stood in slots that are free by now names no id any more.
+    fn forget_freed(&mut self) {
+        for (first, length) in self.slots.take_freed() {
+            (first..first + length).for_each(|slot| self.ids.forget(slot));
+        }
     }
 
     fn own(&mut self, number: u32, port: &Arc<Port>) {

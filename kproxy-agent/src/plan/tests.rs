@@ -188,6 +188,8 @@ fn a_new_service_is_complete_before_its_frontend_is_there() {
     let expected = [
         Write::Backend(0),
         Write::Backend(1),
+        Write::BackendSlots(0),
+        Write::BackendSlots(1),
         Write::Info(0),
         Write::Counters(0),
         Write::Entry(0),
@@ -204,8 +206,17 @@ fn a_changed_endpoint_is_a_fresh_block_and_stores() {
     agent.change([("a", service("a", &[1, 2], &[1]))]);
     let writes = agent.change([("a", service("a", &[1, 3], &[1]))]);
     let words = [Word::Block, Word::Inside, Word::Outside].map(|word| Write::Word(0, word));
-    assert_eq!(writes[..3], [Write::Backend(2), Write::Backend(3), Write::Info(0)]);
-    assert_eq!(writes[3..], words, "the block before the sets that are picked from");
+    let before = [
+        Write::Backend(2),
+        Write::Backend(3),
+        Write::BackendSlots(0),
+        Write::BackendSlots(2),
+        Write::Info(0),
+    ];
+    assert_eq!(writes[..5], before);
+    assert_eq!(writes[5..], words, "the block before the sets that are picked from");
+    let slots = [0, 2].map(|id| agent.memory.slots_of(id).unwrap().both());
+    assert_eq!(slots, [[2, 0], [3, 3]], "one was in another slot before, the other is new");
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::{
 };
 
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Cidr, ClientKind, Config, FrontendKey,
-    ServiceIdentity, Side, SourceRangeKey,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, Cidr, ClientKind, Config,
+    FrontendKey, ServiceIdentity, Side, SourceRangeKey,
 };
 
 use super::{Tables, Word};
@@ -82,6 +82,10 @@ impl kproxy_common::Tables for View<'_> {
 
     fn backend(&self, slot: u32) -> Option<Backend> {
         self.tables.backend(slot)
+    }
+
+    fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        self.tables.slots_of(backend)
     }
 
     fn source_allowed(&self, number: u32, client: &Address) -> bool {

@@ -62,7 +62,7 @@ impl Capacities {
             names::FRONTEND | names::SERVICE | names::SERVICE_INFO | names::ADDRESS | names::COUNTER => {
                 Some(self.frontends)
             }
-            names::BACKEND => Some(self.backends),
+            names::BACKEND | names::BACKEND_SLOT => Some(self.backends),
             names::SOURCE_RANGE => Some(self.source_ranges),
             names::FLOW => Some(self.flows.saturating_mul(2)),
             names::AFFINITY | names::FLOW_TRANSIENT => Some(self.flows),
@@ -334,6 +334,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::SERVICE,
         names::SERVICE_INFO,
         names::BACKEND,
+        names::BACKEND_SLOT,
         names::ADDRESS,
         names::SOURCE_RANGE,
         names::AFFINITY,

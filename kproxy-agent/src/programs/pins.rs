@@ -20,11 +20,12 @@ pub const NEXT: &str = "next";
 
 /// What the agent writes about Services: numbers and slots of one lead into the others, so that they are adopted
 /// together or not at all.
-const TABLES: [&str; 7] = [
+const TABLES: [&str; 8] = [
     names::FRONTEND,
     names::SERVICE,
     names::SERVICE_INFO,
     names::BACKEND,
+    names::BACKEND_SLOT,
     names::ADDRESS,
     names::SOURCE_RANGE,
     names::COUNTER,
@@ -160,15 +161,16 @@ fn replaced(root: &Path, capacities: &Capacities) -> BTreeSet<&'static str> {
 /// Key and value sizes in octets, as this version lays them out.
 fn shape(map: &str) -> Option<(u32, u32)> {
     use kproxy_common::{
-        Address, AddressEntry, AffinityKey, AffinityValue, Backend, Config, Counters, DeviceAddresses,
-        DeviceKey, DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-        OptedOut, Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
+        Address, AddressEntry, AffinityKey, AffinityValue, Backend, BackendSlots, Config, Counters,
+        DeviceAddresses, DeviceKey, DropBudget, DropListener, Flow, FlowKey, FragmentKey, FragmentPorts,
+        FrontendKey, OptedOut, Owner, ServiceEntry, ServiceInfo, SocketRecords, SourceRangeKey,
     };
     let sizes = match map {
         names::FRONTEND => (size_of::<FrontendKey>(), 4),
         names::SERVICE => (4, size_of::<ServiceEntry>()),
         names::SERVICE_INFO => (4, size_of::<ServiceInfo>()),
         names::BACKEND => (4, size_of::<Backend>()),
+        names::BACKEND_SLOT => (4, size_of::<BackendSlots>()),
         names::ADDRESS => (size_of::<Address>(), size_of::<AddressEntry>()),
         names::SOURCE_RANGE => (size_of::<SourceRangeKey>(), 4),
         names::AFFINITY => (size_of::<AffinityKey>(), size_of::<AffinityValue>()),

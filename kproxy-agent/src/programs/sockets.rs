@@ -68,7 +68,7 @@ fn parse(bytes: &[u8]) -> Option<ConnectedSocket> {
             backend_port: u16_at(record + offset_of!(SocketRecord, backend_port))?,
             number: u32_at(record + offset_of!(SocketRecord, number))?,
             service: u32_at(record + offset_of!(SocketRecord, service))?,
-            slot: u32_at(record + offset_of!(SocketRecord, slot))?,
+            backend: u32_at(record + offset_of!(SocketRecord, backend))?,
             last_used: u64_at(record + offset_of!(SocketRecord, last_used))?,
         },
     })

@@ -56,7 +56,7 @@ impl Flow {
             client_port,
             number,
             service,
-            slot,
+            backend_id,
             ends: Ends { client, backend },
             _pad2,
             last_seen,
@@ -71,7 +71,7 @@ impl Flow {
         put(&mut bytes, offset_of!(Self, client_port), &client_port.to_ne_bytes());
         put(&mut bytes, offset_of!(Self, number), &number.to_ne_bytes());
         put(&mut bytes, offset_of!(Self, service), &service.to_ne_bytes());
-        put(&mut bytes, offset_of!(Self, slot), &slot.to_ne_bytes());
+        put(&mut bytes, offset_of!(Self, backend_id), &backend_id.to_ne_bytes());
         put(&mut bytes, Self::CLIENT_END, &[*client as u8]);
         put(&mut bytes, Self::BACKEND_END, &[*backend as u8]);
         put(&mut bytes, offset_of!(Self, _pad2), &_pad2.to_ne_bytes());
@@ -128,7 +128,7 @@ impl Flow {
             client_port: u16::from_ne_bytes(take(bytes, offset_of!(Self, client_port))),
             number: u32::from_ne_bytes(take(bytes, offset_of!(Self, number))),
             service: u32::from_ne_bytes(take(bytes, offset_of!(Self, service))),
-            slot: u32::from_ne_bytes(take(bytes, offset_of!(Self, slot))),
+            backend_id: u32::from_ne_bytes(take(bytes, offset_of!(Self, backend_id))),
             ends,
             _pad2: 0,
             last_seen: u64::from_ne_bytes(take(bytes, offset_of!(Self, last_seen))),

@@ -185,7 +185,7 @@ fn begin<T: FlowTables>(
         flow.ends = Ends::OPEN;
         flow.number = number;
         flow.service = backend.service();
-        flow.slot = choice.slot;
+        flow.backend_id = backend.id();
         flow.last_seen = tables.now();
         if !tables.act(flow, Role::Reply, Action::Take { rest: REST }) {
             if is_own(tables, flow) {

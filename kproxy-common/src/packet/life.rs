@@ -324,13 +324,13 @@ pub(super) fn give_way<T: FlowTables>(tables: &T, packet: &PacketMeta) -> bool {
 #[inline(never)]
 pub(super) fn goes_along<T: FlowTables>(tables: &T, packet: &PacketMeta, balance: &Balance) -> bool {
     let goes_along = |flow: &mut Conversation, table| {
-        let Conversation { protocol, state, ends, last_seen, service, backend_port, slot, .. } = *flow;
+        let Conversation { protocol, state, ends, last_seen, service, backend_port, backend_id, .. } = *flow;
         let now = tables.now();
         if ends.is_done() || is_over(protocol, state, ends, last_seen, now) {
             return false;
         }
         if elapsed(now, last_seen) >= QUIET
-            && still_serves(tables, balance.number, service, &flow.backend, backend_port, slot).is_none()
+            && !still_serves(tables, balance.number, service, &flow.backend, backend_port, backend_id)
         {
             return false;
         }

@@ -312,7 +312,7 @@ mod tests {
         let ends = (address(), address(), address(), address());
         (ends, ports, rest).prop_map(|((client, frontend, backend, mask), ports, rest)| {
             let [client_port, frontend_port, backend_port, mask_port, inner_port] = ports;
-            let ([number, service, slot], last_seen, has_one_port, said) = rest;
+            let ([number, service, backend_id], last_seen, has_one_port, said) = rest;
             let (state, client_end, backend_end, protocol) = said;
             Conversation {
                 client,
@@ -329,7 +329,7 @@ mod tests {
                 ends: Ends { client: client_end, backend: backend_end },
                 number,
                 service,
-                slot,
+                backend_id,
                 last_seen,
             }
         })

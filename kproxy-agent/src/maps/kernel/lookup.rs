@@ -3,8 +3,8 @@
 use std::{cell::RefCell, mem::offset_of};
 
 use kproxy_common::{
-    Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, Cidr, ClientKind, Config, FrontendKey,
-    MAX_CIDRS, ServiceIdentity, ServiceInfo, Side, SourceRangeKey, Tables, map_names,
+    Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, Cidr, ClientKind, Config,
+    FrontendKey, MAX_CIDRS, ServiceIdentity, ServiceInfo, Side, SourceRangeKey, Tables, map_names,
 };
 
 use super::{
@@ -109,6 +109,11 @@ impl Tables for Lookup<'_> {
         let mut bytes = [0; size_of::<Backend>()];
         self.ok(self.maps.backend.read(slot, 0, &mut bytes).map_err(failed(map_names::BACKEND)))?;
         Backend::from_bytes(&bytes).ok()
+    }
+
+    fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        let word = self.maps.backend_slot.load_u64(backend, 0);
+        self.ok(word.map_err(failed(map_names::BACKEND_SLOT))).map(BackendSlots::from_word)
     }
 
     fn source_allowed(&self, number: u32, client: &Address) -> bool {

@@ -117,6 +117,10 @@ impl KernelMaps {
         let slots = self.capacity.backends;
         snapshot.backends =
             each(map_names::BACKEND, &self.backend, slots, |bytes| Backend::from_bytes(bytes).ok())?;
+        for backend in 0..slots {
+            let word = self.backend_slot.load_u64(backend, 0).map_err(failed(map_names::BACKEND_SLOT))?;
+            snapshot.backend_slots.push(word);
+        }
         Ok((snapshot, problems))
     }
 }

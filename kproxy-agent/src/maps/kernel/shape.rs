@@ -1,8 +1,9 @@
 //! What the maps must look like: opening a pin checks nothing.
 
 use kproxy_common::{
-    Address, AddressEntry, Backend, Config, Counters, DeviceAddresses, DeviceKey, DropListener, Flow,
-    FlowKey, FrontendKey, OptedOut, Owner, Reason, ServiceEntry, ServiceInfo, SourceRangeKey, map_names,
+    Address, AddressEntry, Backend, BackendSlots, Config, Counters, DeviceAddresses, DeviceKey, DropListener,
+    Flow, FlowKey, FrontendKey, OptedOut, Owner, Reason, ServiceEntry, ServiceInfo, SourceRangeKey,
+    map_names,
 };
 
 use crate::{
@@ -53,7 +54,7 @@ pub(super) fn with_capacity(map: &str, capacity: &Capacity) -> MapAttributes {
         map_names::FRONTEND | map_names::SERVICE | map_names::SERVICE_INFO | map_names::COUNTER => {
             capacity.frontends
         }
-        map_names::BACKEND => capacity.backends,
+        map_names::BACKEND | map_names::BACKEND_SLOT => capacity.backends,
         map_names::ADDRESS => capacity.addresses,
         map_names::SOURCE_RANGE => capacity.source_ranges,
         map_names::REASON => Reason::ALL.len() as u32,
@@ -72,6 +73,7 @@ fn expected(map: &str) -> Option<MapAttributes> {
         map_names::SERVICE => mapped(size_of::<ServiceEntry>()),
         map_names::SERVICE_INFO => mapped(size_of::<ServiceInfo>()),
         map_names::BACKEND => mapped(size_of::<Backend>()),
+        map_names::BACKEND_SLOT => mapped(size_of::<BackendSlots>()),
         map_names::ADDRESS => hash(size_of::<Address>(), size_of::<AddressEntry>()),
         map_names::SOURCE_RANGE => (kind::LPM_TRIE, size_of::<SourceRangeKey>(), 4, flag::NO_PREALLOC),
         map_names::FLOW | map_names::FLOW_TRANSIENT => {

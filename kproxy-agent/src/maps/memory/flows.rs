@@ -6,9 +6,9 @@ use std::{
 };
 
 use kproxy_common::{
-    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, Block, ClientKind, Config,
-    Conversation, Counters, DeviceAddresses, Flow, FlowKey, FlowStore, FlowTable, FlowTables, FragmentKey,
-    FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side, WAITING,
+    Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, ClientKind,
+    Config, Conversation, Counters, DeviceAddresses, Flow, FlowKey, FlowStore, FlowTable, FlowTables,
+    FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side, WAITING,
     flow_store as store,
 };
 
@@ -158,6 +158,10 @@ impl kproxy_common::Tables for FlowView<'_> {
 
     fn backend(&self, slot: u32) -> Option<Backend> {
         self.services.backend(slot)
+    }
+
+    fn slots_of(&self, backend: u32) -> Option<BackendSlots> {
+        self.services.slots_of(backend)
     }
 
     fn source_allowed(&self, number: u32, client: &Address) -> bool {

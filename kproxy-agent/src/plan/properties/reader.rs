@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kproxy_common::{
-    Address, AddressKind, Backend, Block, FrontendKey, Mode, Options, ServiceEntry, ServiceIdentity,
-    ServiceInfo, Side, SourceRangeKey,
+    Address, AddressKind, Backend, BackendSlots, Block, FrontendKey, Mode, Options, ServiceEntry,
+    ServiceIdentity, ServiceInfo, Side, SourceRangeKey,
 };
 
 use super::world::{self, World};
@@ -120,24 +120,69 @@ fn backends(memory: &Memory, first: u32, count: u16) -> Vec<WantedBackend> {
         .collect()
 }
 
+/// The slots that the words of a number point at.
+fn slots_of(memory: &Memory, number: u32) -> Vec<(Word, u32)> {
+    let words = memory.words(number);
+    let slots = |word: Word| {
+        let (first, length) = word.run(words[word as usize]).unwrap_or((0, 0));
+        (first..first + length).map(move |slot| (word, slot))
+    };
+    Word::STORE_ORDER.into_iter().flat_map(slots).collect()
+}
+
 /// The twin, read as a program would after every write.
 pub struct Checked<'a> {
     memory: &'a mut Memory,
     expected: &'a Expected,
     /// Steady frontends that are there.
     present: BTreeSet<FrontendKey>,
+    /// Service ports whose frontends led to several blocks when another one was written, since a write had failed or one
+    /// of them waits to be taken over: a third one has no room in `backend_slot`, so that some clients may move.
+    divided: BTreeSet<u32>,
 }
 
 impl<'a> Checked<'a> {
     pub fn new(memory: &'a mut Memory, expected: &'a Expected) -> Self {
         let present =
             expected.steady.iter().filter(|key| memory.frontends().contains_key(key)).copied().collect();
-        Self { memory, expected, present }
+        let mut checked = Self { memory, expected, present, divided: BTreeSet::new() };
+        checked.note_divided();
+        checked
+    }
+
+    fn note_divided(&mut self) {
+        let mut blocks: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        for number in self.memory.frontends().values() {
+            for (_, slot) in slots_of(self.memory, *number) {
+                let service = self.memory.backend(slot).expect("a backend is missing").service();
+                let block = Block::from_word(self.memory.words(*number)[Word::Block as usize]);
+                blocks.entry(service).or_default().insert(block.first_slot());
+            }
+        }
+        self.divided.extend(blocks.into_iter().filter(|(_, blocks)| blocks.len() > 1).map(|(id, _)| id));
+    }
+
+    /// Whoever reads the words now, or has read them just before, finds every backend by its id in the slots that they
+    /// point at: no client moves, and no socket, whose backend stays.
+    fn check_all_found(&self) {
+        self.memory.frontends().values().for_each(|number| self.check_found(*number));
+    }
+
+    fn check_found(&self, number: u32) {
+        for (word, slot) in slots_of(self.memory, number) {
+            let backend = self.memory.backend(slot).expect("a backend is missing");
+            let is_found = self.memory.slots_of(backend.id()).is_some_and(|slots| slots.contains(slot));
+            assert!(
+                is_found || self.divided.contains(&backend.service()),
+                "{word:?} of {number} points at slot {slot}, and the id of {backend:?} does not lead there"
+            );
+        }
     }
 
     fn check_number(&self, number: u32) {
         let key = self.memory.frontends().iter().find(|(_, other)| **other == number).map(|(key, _)| *key);
         if let Some(key) = key {
+            self.check_found(number);
             self.check_frontend(&key);
         }
     }
@@ -167,8 +212,15 @@ impl<'a> Checked<'a> {
 
 impl MapWriter for Checked<'_> {
     fn write_backends(&mut self, first_slot: u32, backends: &[Backend]) -> Result<(), WriteError> {
+        self.note_divided();
         // The twin sees to it that no word points at these.
         self.memory.write_backends(first_slot, backends)
+    }
+
+    fn store_backend_slots(&mut self, backend: u32, slots: BackendSlots) -> Result<(), WriteError> {
+        let result = self.memory.store_backend_slots(backend, slots);
+        self.check_all_found();
+        result
     }
 
     fn write_info(&mut self, number: u32, info: &ServiceInfo) -> Result<(), WriteError> {
@@ -193,7 +245,12 @@ impl MapWriter for Checked<'_> {
 
     fn insert_frontends(&mut self, frontends: &[(FrontendKey, u32)]) -> Vec<Result<(), WriteError>> {
         let results = self.memory.insert_frontends(frontends);
-        frontends.iter().for_each(|(key, _)| self.check_frontend(key));
+        frontends.iter().for_each(|(key, number)| {
+            self.check_frontend(key);
+            if self.memory.frontends().contains_key(key) {
+                self.check_found(*number);
+            }
+        });
         results
     }
 
