@@ -30,6 +30,8 @@ const READY: Duration = Duration::from_secs(60);
 pub struct ControlPlane {
     member: Member,
     assets: PathBuf,
+    /// Whether kubelets and controllers are there, which the API server then speaks to.
+    full: bool,
     api_server: Option<Process>,
     _etcd: Process,
 }
@@ -77,12 +79,22 @@ impl ControlPlane {
     /// # Errors
     /// When a binary is missing, or does not come up.
     pub fn start(lab: &Lab, assets: &Path) -> Result<Self> {
+        Self::start_as(lab, assets, false)
+    }
+
+    /// Starts the same for a cluster of full nodes: pods get tokens, kubelets are told from each other, and the API
+    /// server may ask them for logs.
+    pub(crate) fn start_full(lab: &Lab, assets: &Path) -> Result<Self> {
+        Self::start_as(lab, assets, true)
+    }
+
+    fn start_as(lab: &Lab, assets: &Path, full: bool) -> Result<Self> {
         let member = lab.host("control")?.clone();
         let assets = complete(assets.to_owned())?;
         let folder = member.folder().join("control-plane");
         fs::create_dir(&folder).context("this lab has a control plane already")?;
         let etcd = start_etcd(&member, &assets, &folder)?;
-        let mut control = Self { member, assets, api_server: None, _etcd: etcd };
+        let mut control = Self { member, assets, full, api_server: None, _etcd: etcd };
         control.make_identities()?;
         control.start_api_server()?;
         Ok(control)
@@ -219,9 +231,22 @@ impl ControlPlane {
     /// When it does not come up.
     pub fn start_api_server(&mut self) -> Result<()> {
         let file = |name: &str| self.file(name).display().to_string();
-        let mut process = self
-            .member
-            .command(self.assets.join("kube-apiserver"))?
+        let command = self.member.command(self.assets.join("kube-apiserver"))?;
+        let command = if self.full {
+            command
+                .arg("--authorization-mode=Node,RBAC")
+                .arg(format!("--kubelet-client-certificate={}", file("admin.crt")))
+                .arg(format!("--kubelet-client-key={}", file("admin.key")))
+                .arg("--kubelet-preferred-address-types=InternalIP")
+                .arg("--max-requests-inflight=2000")
+                .arg("--max-mutating-requests-inflight=1000")
+        } else {
+            command
+                .arg("--authorization-mode=RBAC")
+                // Nobody makes the ServiceAccounts and tokens that it would demand of pods.
+                .arg("--disable-admission-plugins=ServiceAccount")
+        };
+        let mut process = command
             .arg(format!("--advertise-address={}", self.member.v4()))
             .arg(format!("--secure-port={PORT}"))
             .arg("--etcd-servers=http://127.0.0.1:2379")
@@ -233,11 +258,8 @@ impl ControlPlane {
             .arg(format!("--service-account-issuer={}", self.url()))
             .arg(format!("--service-account-signing-key-file={}", file("server.key")))
             .arg(format!("--service-account-key-file={}", file("server.crt")))
-            .arg("--authorization-mode=RBAC")
             // A DaemonSet for every node wants it.
             .arg("--allow-privileged=true")
-            // Nobody makes the ServiceAccounts and tokens that it would demand of pods.
-            .arg("--disable-admission-plugins=ServiceAccount")
             .spawn()?;
         let url = format!("{}/readyz", self.url());
         let member = &self.member;
@@ -338,7 +360,7 @@ impl ControlPlane {
     }
 
     /// A file in the control plane's folder.
-    fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.member.folder().join("control-plane").join(name)
     }
 }

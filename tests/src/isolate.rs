@@ -27,6 +27,7 @@ use nix::unistd::{Pid, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup;
+use crate::cluster;
 use crate::leftovers::{Owned, own_name, remove_leftovers};
 use crate::netns::{NAMES, NetnsId};
 use crate::worker;
@@ -109,7 +110,7 @@ impl Run {
 /// this program as well, so `main` must get here (or call [`worker::serve_if_asked`]) for any
 /// arguments that begin with the worker's.
 pub fn isolated(inside: impl FnOnce(Run) -> Result<ExitCode>) -> ExitCode {
-    if let Some(code) = worker::serve_if_asked() {
+    if let Some(code) = worker::serve_if_asked().or_else(cluster::serve_if_asked) {
         return code;
     }
     let result = match stage() {

@@ -36,6 +36,7 @@ mod agent_log;
 mod capture;
 mod cgroup;
 mod check;
+pub mod cluster;
 mod context;
 mod control;
 mod elb;

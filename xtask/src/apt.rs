@@ -12,7 +12,8 @@ use crate::process;
 use crate::progress::Progress;
 
 /// Packages that bring a service, and the service's name.
-const SERVICES: [(&str, &str); 2] = [("haproxy", "haproxy"), ("nginx-light", "nginx")];
+const SERVICES: [(&str, &str); 3] =
+    [("containerd", "containerd"), ("haproxy", "haproxy"), ("nginx-light", "nginx")];
 
 /// What invoke-rc.d and deb-systemd-invoke ask whether a package may start its service.
 const POLICY: &str = "/usr/sbin/policy-rc.d";
@@ -49,7 +50,11 @@ pub fn install(progress: &Progress, packages: &[&str]) -> Result<()> {
         process::run(guarded.args(packages))?;
         // Installed for their programs: nothing of them is to start at the next boot either.
         for service in services {
-            process::run(Command::new("/usr/sbin/update-rc.d").args([service, "disable"]))?;
+            if Path::new("/etc/init.d").join(service).exists() {
+                process::run(Command::new("/usr/sbin/update-rc.d").args([service, "disable"]))?;
+            } else if let Some(systemctl) = process::find("systemctl") {
+                process::run(Command::new(systemctl).args(["disable", service]))?;
+            }
         }
         Ok(())
     })
@@ -73,7 +78,8 @@ fn guarded_apt_get(services: &[&str]) -> Result<Command> {
             if answer.code() != Some(POLICY_FORBIDS) {
                 bail!(
                     "{POLICY} of this machine lets packages start their services: \
-                     install haproxy and nginx-light yourself, with the services off"
+                     install what brings {} yourself, with the services off",
+                    services.join(" and ")
                 );
             }
         }

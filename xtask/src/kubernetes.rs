@@ -1,5 +1,5 @@
-//! The real kube-apiserver, etcd, kubectl and kube-proxy that the tests run, built from the pins
-//! in `tests/go`.
+//! Kubernetes' own programs that the tests run, built from the pins in `tests/go`: kube-apiserver, etcd, kubectl and
+//! kube-proxy for the scenarios, and the rest of a cluster with its end-to-end tests for `cargo xtask conformance`.
 
 use std::env;
 use std::fs;
@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+
+use sha2::{Digest as _, Sha256};
 
 use crate::paths::Paths;
 use crate::process;
@@ -19,6 +21,8 @@ struct Program {
     pin: &'static str,
     package: &'static str,
     requirement: &'static str,
+    /// Our own part of it, in the pin's folder: it is built anew where that changes.
+    source: Option<&'static str>,
 }
 
 const KUBERNETES: &str = "k8s.io/kubernetes";
@@ -28,7 +32,34 @@ const PROGRAMS: [Program; 4] = [
     Program::of_kubernetes("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
     Program::of_kubernetes("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
     Program::of_kubernetes("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
-    Program { name: "etcd", pin: "etcd", package: ETCD, requirement: ETCD },
+    Program { name: "etcd", pin: "etcd", package: ETCD, requirement: ETCD, source: None },
+];
+
+const GINKGO: &str = "github.com/onsi/ginkgo/v2";
+const COREDNS: &str = "github.com/coredns/coredns";
+
+/// What a cluster of full nodes takes besides, and the tests that are run against it.
+const CONFORMANCE: [Program; 8] = [
+    Program::of_kubernetes("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+    Program::of_kubernetes("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
+    Program::of_kubernetes("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    Program::of_kubernetes("agnhost", "k8s.io/kubernetes/test/images/agnhost"),
+    Program::of_kubernetes("regression-issue-74839", "k8s.io/kubernetes/test/images/regression-issue-74839"),
+    Program {
+        name: "ginkgo",
+        pin: "kubernetes",
+        package: "github.com/onsi/ginkgo/v2/ginkgo",
+        requirement: GINKGO,
+        source: None,
+    },
+    Program {
+        name: "e2e.test",
+        pin: "kubernetes",
+        package: "./e2e",
+        requirement: KUBERNETES,
+        source: Some("e2e/main_test.go"),
+    },
+    Program { name: "coredns", pin: "coredns", package: ".", requirement: COREDNS, source: Some("main.go") },
 ];
 
 /// What a folder in `KUBEBUILDER_ASSETS` holds by convention.
@@ -36,7 +67,7 @@ const CONVENTION: [&str; 3] = ["etcd", "kube-apiserver", "kubectl"];
 
 impl Program {
     const fn of_kubernetes(name: &'static str, package: &'static str) -> Self {
-        Self { name, pin: "kubernetes", package, requirement: KUBERNETES }
+        Self { name, pin: "kubernetes", package, requirement: KUBERNETES, source: None }
     }
 
     fn module_dir(self, paths: &Paths) -> PathBuf {
@@ -51,14 +82,26 @@ impl Program {
         Ok(version.to_owned())
     }
 
+    /// What its stamp must say: the version, and a digest of our own part.
+    fn built_from(self, paths: &Paths) -> Result<String> {
+        let version = self.version(paths)?;
+        let Some(source) = self.source else {
+            return Ok(version);
+        };
+        let file = self.module_dir(paths).join(source);
+        let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let digest: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(format!("{version} {digest}"))
+    }
+
     /// The file beside a program that says what it was built from.
     fn stamp(self, dir: &Path) -> PathBuf {
         dir.join(format!(".{}.version", self.name))
     }
 
-    fn is_built(self, dir: &Path, version: &str) -> bool {
+    fn is_built(self, dir: &Path, built_from: &str) -> bool {
         process::is_executable(&dir.join(self.name))
-            && fs::read_to_string(self.stamp(dir)).is_ok_and(|found| found.trim() == version)
+            && fs::read_to_string(self.stamp(dir)).is_ok_and(|found| found.trim() == built_from)
     }
 }
 
@@ -85,22 +128,71 @@ pub fn ensure(paths: &Paths, progress: &Progress) -> Result<PathBuf> {
         check_named_folder(&dir)?;
         return Ok(dir);
     }
+    ensure_programs(
+        paths,
+        progress,
+        &PROGRAMS,
+        "The tests' API server is built once",
+        "250 MiB, and about 5 minutes",
+    )
+}
+
+/// Builds what is missing of a whole cluster and its tests, and returns the folder with the programs.
+pub fn ensure_conformance(paths: &Paths, progress: &Progress) -> Result<PathBuf> {
+    ensure_programs(
+        paths,
+        progress,
+        &PROGRAMS,
+        "The API server is built once",
+        "250 MiB, and about 5 minutes",
+    )?;
+    ensure_programs(
+        paths,
+        progress,
+        &CONFORMANCE,
+        "A cluster's programs and Kubernetes' tests are built once",
+        "500 MiB, and about 8 minutes",
+    )
+}
+
+/// The folder of Kubernetes' own sources, as Go has unpacked them.
+pub fn sources(paths: &Paths) -> Result<PathBuf> {
+    let [apiserver, ..] = PROGRAMS;
+    let go = process::find("go").context("Go is needed: install Go 1.26 or newer")?;
+    let mut command = Command::new(go);
+    command.current_dir(apiserver.module_dir(paths)).env("GOWORK", "off");
+    let dir = process::output(command.args(["list", "-m", "-f", "{{.Dir}}", KUBERNETES]))?;
+    Ok(PathBuf::from(dir.trim()))
+}
+
+/// The version of the DNS server, and so of its image.
+pub fn coredns_version(paths: &Paths) -> Result<String> {
+    let [.., coredns] = CONFORMANCE;
+    coredns.version(paths)
+}
+
+fn ensure_programs(
+    paths: &Paths,
+    progress: &Progress,
+    programs: &[Program],
+    what: &str,
+    cost: &str,
+) -> Result<PathBuf> {
     let dir = own_folder(paths)?;
     let mut announced = false;
-    for program in PROGRAMS {
-        let version = program.version(paths)?;
-        if program.is_built(&dir, &version) {
+    for &program in programs {
+        let built_from = program.built_from(paths)?;
+        if program.is_built(&dir, &built_from) {
             continue;
         }
         if !announced {
-            println!(
-                "The tests' API server is built once, into {}: 250 MiB, and about 5 minutes on two \
-                 cores where Go has nothing cached.",
-                dir.display()
-            );
+            println!("{what}, into {}: {cost} on two cores where Go has nothing cached.", dir.display());
             announced = true;
         }
-        progress.step(format!("{} {version}", program.name), || build(paths, program, &version, &dir))?;
+        let version = program.version(paths)?;
+        progress.step(format!("{} {version}", program.name), || {
+            build(paths, program, &version, &built_from, &dir)
+        })?;
     }
     Ok(dir)
 }
@@ -128,7 +220,7 @@ fn own_folder(paths: &Paths) -> Result<PathBuf> {
     Ok(paths.cache.join(format!("kubernetes-{version}")))
 }
 
-fn build(paths: &Paths, program: Program, version: &str, dir: &Path) -> Result<()> {
+fn build(paths: &Paths, program: Program, version: &str, built_from: &str, dir: &Path) -> Result<()> {
     let go = process::find("go").context(
         "Go is needed to build the tests' API server: install Go 1.26 or newer, or name a folder \
          with etcd, kube-apiserver and kubectl in KUBEBUILDER_ASSETS",
@@ -143,7 +235,8 @@ fn build(paths: &Paths, program: Program, version: &str, dir: &Path) -> Result<(
             .env("CGO_ENABLED", "0")
             .env("GOFLAGS", "-mod=readonly")
             .env("GOWORK", "off")
-            .args(["build", "-trimpath"])
+            .args(if program.name.ends_with(".test") { &["test", "-c"][..] } else { &["build"] })
+            .arg("-trimpath")
             .arg(format!("-ldflags={}", link_flags(program, version)))
             .arg("-o")
             .arg(&unfinished)
@@ -155,7 +248,7 @@ fn build(paths: &Paths, program: Program, version: &str, dir: &Path) -> Result<(
         return Err(error);
     }
     fs::rename(&unfinished, dir.join(program.name))
-        .and_then(|()| fs::write(program.stamp(dir), format!("{version}\n")))
+        .and_then(|()| fs::write(program.stamp(dir), format!("{built_from}\n")))
         .with_context(|| format!("cannot write to {}", dir.display()))
 }
 

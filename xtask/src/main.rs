@@ -1,10 +1,12 @@
-//! Everything a contributor runs: `cargo xtask setup | build | test | lint | demo | bench | soak | clean-cache`.
+//! Everything a contributor runs: `cargo xtask setup | build | image | test | lint | demo | conformance | bench | soak | clean-cache`.
 
 mod apt;
 mod bench;
 mod bpf;
 mod build;
+mod conformance;
 mod demo;
+mod image;
 mod kubernetes;
 mod machine;
 mod paths;
@@ -55,6 +57,15 @@ enum Command {
         #[arg(long, conflicts_with = "release")]
         bpf_only: bool,
     },
+    /// Build with optimisations and write the image that manifests/daemonset.yaml runs, without a container engine
+    ///
+    /// target/image/kproxy-VERSION.tar is for `docker load`, `podman load` and `ctr images import` alike. The same
+    /// build on the same packages gives the same bytes.
+    Image {
+        /// Of the build without optimisations, which is made faster
+        #[arg(long)]
+        debug: bool,
+    },
     /// Check formatting and run clippy, without running a test
     Lint,
     /// Set up, lint, build, and run every test that this machine can run
@@ -71,6 +82,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Set up, build, and run Kubernetes' own network tests against kproxy on a cluster of real kubelets, in the lab
+    ///
+    /// The cluster is three nodes in two zones, dual-stack, each with containerd and a kubelet, in namespaces; kproxy
+    /// is installed from its image by manifests/. Prints a table as the tests go. What they printed, a JUnit file and
+    /// logs of the cluster are left in target/conformance.
+    Conformance(conformance::Options),
     /// Set up, build with optimisations, and measure in the lab what kproxy costs; some minutes, best on an idle
     /// machine
     ///
@@ -128,11 +145,15 @@ fn run(command: Command) -> Result<ExitCode> {
                 build::agent(&paths, &progress, &objects, build::Profile::from(release))?;
             }
         }
+        Command::Image { debug } => {
+            image::run(&paths, &progress, build::Profile::from(!debug))?;
+        }
         Command::Lint => return test::lint(&paths, &progress),
         Command::Test { skip_lab, filter } => {
             return test::run(&paths, &progress, skip_lab, filter.as_deref());
         }
         Command::Demo { args } => return demo::run(&paths, &progress, &args),
+        Command::Conformance(options) => return conformance::run(&paths, &progress, options),
         Command::Bench { only, rounds, services } => {
             return bench::run(&paths, &progress, only, rounds, services);
         }

@@ -31,8 +31,12 @@ pub enum Purpose {
 pub enum Part {
     /// Compiler and linker of the eBPF programs, and a linker for the agent.
     Bpf,
+    /// The programs that the image has beside kproxy.
+    Image,
     /// The programs that the lab runs.
     Lab,
+    /// What a full node runs, and what the images of the test cluster are made of.
+    Cluster,
     /// rustfmt and clippy.
     Lint,
     /// The API server of the tests.
@@ -66,6 +70,25 @@ const LLVM_PACKAGES: [&str; 2] = ["llvm-22-dev", "libpolly-22-dev"];
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
 const BUILD_PROGRAMS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
+const IMAGE_PROGRAMS: [(&str, &str); 4] = [
+    ("ldd", "libc-bin"),
+    ("nft", "nftables"),
+    ("update-ca-certificates", "ca-certificates"),
+    ("xtables-nft-multi", "iptables"),
+];
+const CLUSTER_PROGRAMS: [(&str, &str); 9] = [
+    ("busybox", "busybox-static"),
+    ("cc", "gcc libc6-dev"),
+    ("containerd", "containerd"),
+    ("ctr", "containerd"),
+    ("dig", "bind9-dnsutils"),
+    ("nc.openbsd", "netcat-openbsd"),
+    ("openssl", "openssl"),
+    ("runc", "runc"),
+    ("ss", "iproute2"),
+];
+/// The plugins are in a folder of their own.
+const CNI_PLUGIN: &str = "/usr/lib/cni/ptp";
 const LAB_PROGRAMS: [(&str, &str); 12] = [
     ("bpftool", "bpftool"),
     ("conntrack", "conntrack"),
@@ -209,6 +232,13 @@ fn find(paths: &Paths, parts: &[Part]) -> Result<Vec<Lack>> {
                     lacks.extend(missing.linker.then_some(Lack::BpfLinker));
                 }
             }
+            Part::Cluster => {
+                lacks.extend(absent(&CLUSTER_PROGRAMS));
+                if !process::is_executable(Path::new(CNI_PLUGIN)) {
+                    lacks.push(Lack::Program { program: CNI_PLUGIN, package: "containernetworking-plugins" });
+                }
+            }
+            Part::Image => lacks.extend(absent(&IMAGE_PROGRAMS)),
             Part::Lab => lacks.extend(absent(&LAB_PROGRAMS)),
             Part::Lint => {
                 let lint = [("cargo-fmt", "rustfmt"), ("cargo-clippy", "clippy")];
