@@ -1,6 +1,7 @@
 //! The tables of flows: [`kproxy_common::flow_store`] over the kernel's maps.
 //!
-//! The functions here are global ones: the verifier checks each once, and not again for every try of every caller.
+//! The functions here are global ones: the verifier checks each once, and not again for every try
+//! of every caller.
 
 use aya_ebpf::{btf_maps::LruHashMap, helpers::bpf_ktime_get_ns};
 use kproxy_common::{
@@ -30,9 +31,9 @@ impl Entry {
     #[inline(always)]
     fn get() -> Option<Self> {
         let place = maps::ENTRY.get_ptr_mut(0)?.cast::<maps::FlowEntry>();
-        // SAFETY: the element is this CPU's, as long as the structure, and used by one caller at a time: each use is
-        // over before the next begins. Packet programs run with bottom halves disabled, so that none interrupts
-        // another on its CPU.
+        // SAFETY: the element is this CPU's, as long as the structure, and used by one caller at a
+        // time: each use is over before the next begins. Packet programs run with bottom halves
+        // disabled, so that none interrupts another on its CPU.
         let (key, flow) = unsafe { (&mut (*place).key, &mut (*place).flow) };
         Some(Self { key, flow })
     }
@@ -44,7 +45,8 @@ extern "C" fn write_role(role: u32) -> u64 {
     let (Some(place), Some(Entry { key, flow })) = (maps::SCRATCH.get_ptr(0), Entry::get()) else {
         return 0;
     };
-    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow there, and waits.
+    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow
+    // there, and waits.
     let whole = unsafe { &(*place.cast::<maps::Scratch>()).whole };
     let role = match role {
         1 => Role::Request,
@@ -109,7 +111,8 @@ fn for_flow(action: Action) -> u64 {
     let Some(place) = maps::SCRATCH.get_ptr(0) else {
         return 0;
     };
-    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow there, and waits.
+    // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow
+    // there, and waits.
     let whole = unsafe { &(*place.cast::<maps::Scratch>()).whole };
     u64::from(store::for_all(whole, |role| act(whole, role, action)))
 }
@@ -154,8 +157,8 @@ pub fn wait(whole: &mut Conversation) -> bool {
     if exchange_key() == 0 {
         return false;
     }
-    // SAFETY: what is read of it is read at once. Should the element be reused just then, another flow of this CPU's that
-    // has ended is looked at, which the caller asks about.
+    // SAFETY: what is read of it is read at once. Should the element be reused just then, another
+    // flow of this CPU's that has ended is looked at, which the caller asks about.
     match unsafe { maps::FLOW.get(&*key) } {
         Some(flow) => {
             whole.read_entry(key, flow);
@@ -165,8 +168,8 @@ pub fn wait(whole: &mut Conversation) -> bool {
     }
 }
 
-/// Puts the key that was written into the ring, and the one that has stood there for longest in its place; whether
-/// there was one.
+/// Puts the key that was written into the ring, and the one that has stood there for longest in its
+/// place; whether there was one.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn exchange_key() -> u64 {
@@ -267,8 +270,8 @@ impl Maps {
 impl FlowStore for Maps {
     #[inline(always)]
     fn read<R>(&self, table: FlowTable, key: &FlowKey, read: impl FnOnce(&Flow) -> R) -> Option<R> {
-        // SAFETY: what is read of it is read at once. Should the element be reused just then, for another key, the insertion that follows
-        // fails or finds that key's own entry in its place.
+        // SAFETY: what is read of it is read at once. Should the element be reused just then, for
+        // another key, the insertion that follows fails or finds that key's own entry in its place.
         unsafe { Self::table(table).get(key) }.map(read)
     }
 
@@ -290,15 +293,16 @@ impl FlowStore for Maps {
     #[inline(always)]
     fn change(&self, table: FlowTable, key: &FlowKey, change: impl FnOnce(&mut Flow) -> bool) -> bool {
         match Self::table(table).get_ptr_mut(key) {
-            // SAFETY: the pointer is valid for the program's run. Should the element be reused just then, a flow that is
-            // being opened passes for one that was answered, or is kept for longer.
+            // SAFETY: the pointer is valid for the program's run. Should the element be reused just
+            // then, a flow that is being opened passes for one that was answered, or is kept for
+            // longer.
             Some(flow) => change(unsafe { &mut *flow }),
             None => false,
         }
     }
 
-    /// An entry of a hash, since whoever inserts it sees all that was done before it was deleted, on every CPU; an atomic
-    /// add would not promise that.
+    /// An entry of a hash, since whoever inserts it sees all that was done before it was deleted,
+    /// on every CPU; an atomic add would not promise that.
     #[inline(always)]
     fn claim(&self, key: &FlowKey) -> bool {
         maps::CLAIM.insert(key, &1, NOEXIST).is_ok()

@@ -18,6 +18,7 @@ mod explain;
 mod fallbacks;
 mod flood;
 mod flows;
+mod forged;
 mod headers;
 mod health_checks;
 mod input;
@@ -75,6 +76,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, sockets::SCENARIOS),
     (kproxy, packets::SCENARIOS),
     (kproxy, flows::SCENARIOS),
+    (kproxy, forged::SCENARIOS),
     (kproxy, flood::SCENARIOS),
     (kproxy, drops::SCENARIOS),
     (kproxy, soak::SCENARIOS),

@@ -66,7 +66,8 @@ struct Row {
     state: &'static str,
     /// Since the last packet, which is noted about once a second.
     idle_seconds: u64,
-    /// `established`, or `transient`: opening, answered or closed, the first to make room.
+    /// `established`, also while it is not certain that it has ended; or `transient`: opening, answered
+    /// or closed, the first to make room.
     table: &'static str,
     number: u32,
 }

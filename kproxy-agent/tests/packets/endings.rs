@@ -1,5 +1,5 @@
-//! What ends a flow: both its ends, or silence; never what a stranger says in their names. And what befalls one of its
-//! entries befalls none of the others.
+//! What ends a flow: both its ends, or silence; never what a stranger says in their names. And what
+//! befalls one of its entries befalls none of the others.
 
 use std::{net::SocketAddr, time::Duration};
 

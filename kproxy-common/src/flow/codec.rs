@@ -23,7 +23,8 @@ impl FlowKey {
         bytes
     }
 
-    /// Reads what [`to_bytes`](Self::to_bytes) writes. An error: programs of another version wrote it.
+    /// Reads what [`to_bytes`](Self::to_bytes) writes. An error: programs of another version wrote
+    /// it.
     pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Result<Self, InvalidLayout> {
         Ok(Self {
             source: Address::new(take(bytes, offset_of!(Self, source))),
@@ -79,7 +80,8 @@ impl Flow {
         bytes
     }
 
-    /// Reads what [`to_bytes`](Self::to_bytes) writes. An error: programs of another version wrote it.
+    /// Reads what [`to_bytes`](Self::to_bytes) writes. An error: programs of another version wrote
+    /// it.
     pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Result<Self, InvalidLayout> {
         let ends = Ends {
             client: FlowEnd::try_from(bytes[Self::CLIENT_END])?,
@@ -89,9 +91,9 @@ impl Flow {
         Self::read(bytes, state, ends)
     }
 
-    /// Reads the value of an entry as it was laid out up to version 4: `client_port` was 0 where the client had one
-    /// port only; there were no `ends`, but two more states, 3 for a direction that had sent its FIN, and 4 for a flow
-    /// that had ended.
+    /// Reads the value of an entry as it was laid out up to version 4: `client_port` was 0 where
+    /// the client had one port only; there were no `ends`, but two more states, 3 for a direction
+    /// that had sent its FIN, and 4 for a flow that had ended.
     pub fn from_bytes_v4(key: &FlowKey, bytes: &[u8; Self::SIZE]) -> Result<Self, InvalidLayout> {
         const FINISHED: u8 = 3;
         const CLOSED: u8 = 4;

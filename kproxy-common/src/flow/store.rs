@@ -1,9 +1,10 @@
 //! The two tables of flows, and what is done with one entry in them.
 //!
-//! A key belongs to one flow at a time, whichever CPUs want it at the same instant: else two clients would be behind one
-//! port of a mask, and get each other's answers. A flow holds a key from when it adds its entry to the table of flows
-//! that are opening or closing until it ends. Between, the entry moves: to the established ones when the flow is, and back
-//! when it has ended. It is added where it goes before it is removed from where it was, so that a packet finds it; but
+//! A key belongs to one flow at a time, whichever CPUs want it at the same instant: else two
+//! clients would be behind one port of a mask, and get each other's answers. A flow holds a key
+//! from when it adds its entry to the table of flows that are opening or closing until it ends.
+//! Between, the entry moves: to the established ones when the flow is, and back when it has ended.
+//! It is added where it goes before it is removed from where it was, so that a packet finds it; but
 //! who looks into both tables for a key that is free can miss it on its way.
 
 use super::{Conversation, Flow, FlowKey, REST, Role, is_over};
@@ -117,19 +118,21 @@ pub fn for_all(whole: &Conversation, act: impl Fn(Role) -> bool) -> bool {
 
 /// The tables of flows: all that is ever done to them.
 pub trait FlowStore {
-    /// What `read` says of the entry under a key, if there is one. Where it stands: a program's stack has no room for
-    /// copies.
+    /// What `read` says of the entry under a key, if there is one. Where it stands: a program's
+    /// stack has no room for copies.
     fn read<R>(&self, table: FlowTable, key: &FlowKey, read: impl FnOnce(&Flow) -> R) -> Option<R>;
-    /// Adds an entry if there is none; whether it did. Of several that do at the same time, one does.
+    /// Adds an entry if there is none; whether it did. Of several that do at the same time, one
+    /// does.
     fn insert(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
     /// Replaces an entry if there is one; whether it did.
     fn replace(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
     /// Removes an entry; whether there was one.
     fn remove(&self, table: FlowTable, key: &FlowKey) -> bool;
-    /// Lets `change` write single fields of an entry in place, by one store each; what that says, or false if there is no
-    /// entry.
+    /// Lets `change` write single fields of an entry in place, by one store each; what that says,
+    /// or false if there is no entry.
     fn change(&self, table: FlowTable, key: &FlowKey, change: impl FnOnce(&mut Flow) -> bool) -> bool;
-    /// Claims a key, if nobody else has: whoever has claimed it sees all that was done before it was released.
+    /// Claims a key, if nobody else has: whoever has claimed it sees all that was done before it
+    /// was released.
     fn claim(&self, key: &FlowKey) -> bool;
     /// Gives a claim back.
     fn release(&self, key: &FlowKey);
@@ -137,8 +140,8 @@ pub trait FlowStore {
     fn time(&self) -> u64;
 }
 
-/// Adds an entry of a flow that is being opened, if its key is free: nobody has it, or a flow that has ended, and has
-/// rested since.
+/// Adds an entry of a flow that is being opened, if its key is free: nobody has it, or a flow that
+/// has ended, and has rested since.
 #[inline(always)]
 pub fn take<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow, rest: u64) -> bool {
     let now = store.time();
@@ -158,8 +161,8 @@ pub fn take<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow, rest: u64) -> b
     let is_added = match standing {
         None => store.insert(FlowTable::Transient, key, flow),
         Some(false) => false,
-        // Of those that have found it free, one at a time looks once more. Swept just now, it is left to those who find
-        // none.
+        // Of those that have found it free, one at a time looks once more. Swept just now, it is
+        // left to those who find none.
         Some(true) => {
             if !store.claim(key) {
                 return false;
@@ -193,9 +196,9 @@ fn is_free_in<S: FlowStore>(
     store.read(table, key, |standing| is_free(key, standing, flow, rest, now))
 }
 
-/// Whether an entry makes room for another flow's. A client that comes back by the same port to the same frontend is
-/// for the backend what it would be without us, and finds its place at once; the backend tells all others from the
-/// connection before only when that is forgotten there.
+/// Whether an entry makes room for another flow's. A client that comes back by the same port to the
+/// same frontend is for the backend what it would be without us, and finds its place at once; the
+/// backend tells all others from the connection before only when that is forgotten there.
 #[inline(always)]
 fn is_free(key: &FlowKey, standing: &Flow, flow: &Flow, rest: u64, now: u64) -> bool {
     let Flow { state, ends, last_seen, .. } = *standing;
@@ -213,28 +216,29 @@ pub fn put<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow) -> bool {
     store.insert(FlowTable::Transient, key, flow) || store.replace(FlowTable::Transient, key, flow)
 }
 
-/// Moves an entry to the established flows, or adds it there if it is missing and nobody else has its key. Packets find
-/// it on its way.
+/// Moves an entry to the established flows, or adds it there if it is missing and nobody else has
+/// its key. Packets find it on its way.
 #[inline(always)]
 pub fn establish<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow) -> bool {
     let is_its = match store.read(FlowTable::Transient, key, |standing| standing.leads_like(flow)) {
         // It was evicted: another flow can have taken the key.
         None => take(store, key, flow, REST),
-        // Nobody else takes the key of a client that is to be masked; but two first packets at a time can get a mask
-        // each.
+        // Nobody else takes the key of a client that is to be masked; but two first packets at a
+        // time can get a mask each.
         Some(leads_like) => leads_like || matches!(flow.role, Role::Forwarded),
     };
     if !is_its {
         return false;
     }
-    // An LRU map makes room; if it cannot, the flow stays where it is and is moved by its client's next packet.
+    // An LRU map makes room; if it cannot, the flow stays where it is and is moved by its client's
+    // next packet.
     let is_there =
         store.insert(FlowTable::Established, key, flow) || store.replace(FlowTable::Established, key, flow);
     is_there && store.remove(FlowTable::Transient, key)
 }
 
-/// Moves an entry of a flow that has ended back, since its last packets are still to come; or only removes it, where
-/// another flow has its key there.
+/// Moves an entry of a flow that has ended back, since its last packets are still to come; or only
+/// removes it, where another flow has its key there.
 #[inline(always)]
 pub fn end<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow) -> bool {
     let is_its = store.read(FlowTable::Established, key, |standing| standing.leads_like(flow));
@@ -244,8 +248,8 @@ pub fn end<S: FlowStore>(store: &S, key: &FlowKey, flow: &Flow) -> bool {
     }
     let is_established = matches!(is_its, Some(true));
     if !is_established || !store.insert(FlowTable::Transient, key, flow) {
-        // One of its own from before it was established: it ends without ever having been, or it began anew where others
-        // were evicted. What has ended is there for others to take.
+        // One of its own from before it was established: it ends without ever having been, or it
+        // began anew where others were evicted. What has ended is there for others to take.
         let is_own =
             store.read(FlowTable::Transient, key, |other| !other.ends.is_closed() && other.leads_like(flow));
         if is_own == Some(true) {

@@ -1,9 +1,10 @@
 //! How flows come to be established, and end.
 //!
-//! A FIN or RST is only ever what a packet says: its receiver may know better, by its sequence number. So it is written
-//! down ([`Ends`]), and the flow goes on to be translated. One that both ends have said to be over makes room, as does one
-//! that stays silent. One that a single RST has broken off stays where it is: if its sender lives, that sends something
-//! else, and the RST was forged. A SYN on a flow that is not over goes where the flow goes, for the same reason.
+//! A FIN or RST is only ever what a packet says: its receiver may know better, by its sequence
+//! number. So it is written down ([`Ends`]), and the flow goes on to be translated. One that both
+//! ends have said to be over makes room, as does one that stays silent. One that a single RST has
+//! broken off stays where it is: if its sender lives, that sends something else, and the RST was
+//! forged. A SYN on a flow that is not over goes where the flow goes, for the same reason.
 
 use super::{FlowTables, Hit, PacketMeta, TcpFlags};
 use crate::{
@@ -17,10 +18,11 @@ pub(super) fn is_due<T: FlowTables>(tables: &T, flow: &Hit) -> bool {
     elapsed(tables.now(), flow.last_seen) >= NOTE_EVERY
 }
 
-/// The same of a flow that is being opened or has ended. One-way UDP lives as long as it goes on; what has ended comes back
-/// if it goes on. Of connections nothing is noted until they are established, or a client that never gets an answer would
-/// keep its entry, and with it its backend and its mask's port, for as long as it asks. conntrack does the same: it renews
-/// the time of a datagram's entry with each, that of a SYN or INIT with none that is sent again.
+/// The same of a flow that is being opened or has ended. One-way UDP lives as long as it goes on;
+/// what has ended comes back if it goes on. Of connections nothing is noted until they are
+/// established, or a client that never gets an answer would keep its entry, and with it its backend
+/// and its mask's port, for as long as it asks. conntrack does the same: it renews the time of a
+/// datagram's entry with each, that of a SYN or INIT with none that is sent again.
 #[inline(always)]
 pub(super) fn is_transient_due<T: FlowTables>(tables: &T, packet: &PacketMeta, flow: &Hit) -> bool {
     packet.tcp.changes_nothing()
@@ -28,8 +30,9 @@ pub(super) fn is_transient_due<T: FlowTables>(tables: &T, packet: &PacketMeta, f
         && is_due(tables, flow)
 }
 
-/// The backend has answered. That makes no flow established: backends answer whoever asks, also those who give forged
-/// addresses. An answer that closes at once (RST) ends the flow: there is nobody who could know better.
+/// The backend has answered. That makes no flow established: backends answer whoever asks, also
+/// those who give forged addresses. An answer that closes at once (RST) ends the flow: there is
+/// nobody who could know better.
 #[inline(never)]
 pub(super) fn answer<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     tables.with_transient(packet, Hook::Egress, |flow| {
@@ -61,7 +64,8 @@ pub(super) fn answer<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     });
 }
 
-/// Whether the backend accepts a connection on a flow that one end had broken off. The SYN went where the flow did.
+/// Whether the backend accepts a connection on a flow that one end had broken off. The SYN went
+/// where the flow did.
 #[inline(always)]
 fn is_reopened(packet: &PacketMeta, ends: Ends) -> bool {
     packet.tcp.accepts() && ends.is_closed() && !ends.is_done()
@@ -89,8 +93,9 @@ pub(super) fn goes_on(packet: &PacketMeta, flow: &Hit) -> bool {
         && !packet.tcp.has(TcpFlags::SYN)
 }
 
-/// The client has answered the backend, so that both are there: the entries move to the table of established flows, where a
-/// flood of openings cannot push them out, whether or not backends answer these.
+/// The client has answered the backend, so that both are there: the entries move to the table of
+/// established flows, where a flood of openings cannot push them out, whether or not backends
+/// answer these.
 #[inline(never)]
 fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     tables.with_transient(packet, Hook::Ingress, |flow| {
@@ -100,8 +105,8 @@ fn establish<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     });
 }
 
-/// The client has closed a flow that was never established. That may be forged, and it goes on: then it is established
-/// after all.
+/// The client has closed a flow that was never established. That may be forged, and it goes on:
+/// then it is established after all.
 #[inline(never)]
 fn abandon<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     tables.with_transient(packet, Hook::Ingress, |flow| {
@@ -131,8 +136,8 @@ pub(super) fn advance<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook
     }
 }
 
-/// Notes that a packet of an established flow was seen, in all entries of the flow, and adds those that are missing: so
-/// they are evicted, and age, together.
+/// Notes that a packet of an established flow was seen, in all entries of the flow, and adds those
+/// that are missing: so they are evicted, and age, together.
 #[inline(never)]
 fn note<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, is_clients: bool) {
     tables.with_flow(packet, hook, |flow| {
@@ -158,16 +163,16 @@ fn note<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, is_clients: 
     });
 }
 
-/// When a flow was last seen whose packet has come now. Where the other end has finished, as if that were long ago: the next
-/// packet may be of that one, and show that it has not.
+/// When a flow was last seen whose packet has come now. Where the other end has finished, as if
+/// that were long ago: the next packet may be of that one, and show that it has not.
 #[inline(always)]
 fn seen(ends: Ends, is_clients: bool, now: u64) -> u64 {
     let other = if is_clients { ends.backend } else { ends.client };
     if matches!(other, FlowEnd::Finished) { now.wrapping_sub(NOTE_EVERY) } else { now }
 }
 
-/// The same for a flow that is being opened, which only UDP is noted of, or has ended: whoever has said so and goes on
-/// has not.
+/// The same for a flow that is being opened, which only UDP is noted of, or has ended: whoever has
+/// said so and goes on has not.
 #[inline(never)]
 pub(super) fn note_transient<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook, is_clients: bool) {
     tables.with_transient(packet, hook, |flow| {
@@ -195,8 +200,9 @@ pub(super) fn note_transient<T: FlowTables>(tables: &T, packet: &PacketMeta, hoo
     });
 }
 
-/// Takes back what the sender of this packet has said about its end, if the packet shows that this was not so; whether it
-/// does. Who has sent RST sends nothing else; who has sent FIN, no more data.
+/// Takes back what the sender of this packet has said about its end, if the packet shows that this
+/// was not so; whether it does. Who has sent RST sends nothing else; who has sent FIN, no more
+/// data.
 #[inline(always)]
 fn take_back(packet: &PacketMeta, flow: &mut Conversation, is_clients: bool) -> bool {
     let said = if is_clients { flow.ends.client } else { flow.ends.backend };
@@ -213,8 +219,8 @@ fn take_back(packet: &PacketMeta, flow: &mut Conversation, is_clients: bool) -> 
     is_back
 }
 
-/// One end breaks an established flow off, or a stranger in its name. What is said once more is not noted: else whoever
-/// repeats it keeps the end from being heard.
+/// One end breaks an established flow off, or a stranger in its name. What is said once more is not
+/// noted: else whoever repeats it keeps the end from being heard.
 #[inline(never)]
 fn reset<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
     tables.with_flow(packet, hook, |flow| {
@@ -246,9 +252,9 @@ fn reopen<T: FlowTables>(tables: &T, packet: &PacketMeta) {
     });
 }
 
-/// One direction has sent its FIN; with the other's the flow ends. Both can come at the same instant, on two CPUs: each
-/// writes its own down before it looks for the other's, and should both look too early, the next packet, which is noted, finds
-/// them.
+/// One direction has sent its FIN; with the other's the flow ends. Both can come at the same
+/// instant, on two CPUs: each writes its own down before it looks for the other's, and should both
+/// look too early, the next packet, which is noted, finds them.
 #[inline(never)]
 fn finish<T: FlowTables>(tables: &T, packet: &PacketMeta, hook: Hook) {
     tables.with_flow(packet, hook, |flow| {
@@ -286,9 +292,9 @@ fn say(flow: &mut Conversation, is_clients: bool, end: FlowEnd) -> Marks {
     }
 }
 
-/// Whether this packet can begin or accept a connection between a flow's ends past its frontend. While the flow lives such
-/// a one is not to be told from its own; where it has ended, neither of these is of it. One that perhaps a stranger has
-/// ended must have been silent since.
+/// Whether this packet can begin or accept a connection between a flow's ends past its frontend.
+/// While the flow lives such a one is not to be told from its own; where it has ended, neither of
+/// these is of it. One that perhaps a stranger has ended must have been silent since.
 #[inline(always)]
 pub(super) fn may_be_past<T: FlowTables>(tables: &T, packet: &PacketMeta, flow: &Hit) -> bool {
     let may_be = match flow.role {
@@ -299,9 +305,9 @@ pub(super) fn may_be_past<T: FlowTables>(tables: &T, packet: &PacketMeta, flow: 
     may_be && flow.ends.is_closed() && (flow.ends.is_done() || elapsed(tables.now(), flow.last_seen) >= QUIET)
 }
 
-/// A flow that has ended gives way to a connection past its frontend: its entries that would rewrite that are removed.
-/// Whether it did: where the client is masked its SYN alone tells, since what the backend accepts with was perhaps sent to
-/// the mask, and is the flow's own.
+/// A flow that has ended gives way to a connection past its frontend: its entries that would
+/// rewrite that are removed. Whether it did: where the client is masked its SYN alone tells, since
+/// what the backend accepts with was perhaps sent to the mask, and is the flow's own.
 #[inline(never)]
 pub(super) fn give_way<T: FlowTables>(tables: &T, packet: &PacketMeta) -> bool {
     let give_way = |flow: &mut Conversation| {
@@ -318,9 +324,10 @@ pub(super) fn give_way<T: FlowTables>(tables: &T, packet: &PacketMeta) -> bool {
     }
 }
 
-/// Whether a SYN or INIT to a frontend goes where a flow of the same ends goes: it is the client's, whose backend takes it if
-/// the connection before is gone there, or else tells the client so; or a stranger's, whom the backend ignores. A flow that
-/// is over makes room for a new one, as does one whose backend serves no more and that is silent.
+/// Whether a SYN or INIT to a frontend goes where a flow of the same ends goes: it is the client's,
+/// whose backend takes it if the connection before is gone there, or else tells the client so; or a
+/// stranger's, whom the backend ignores. A flow that is over makes room for a new one, as does one
+/// whose backend serves no more and that is silent.
 #[inline(never)]
 pub(super) fn goes_along<T: FlowTables>(tables: &T, packet: &PacketMeta, balance: &Balance) -> bool {
     let goes_along = |flow: &mut Conversation, table| {
