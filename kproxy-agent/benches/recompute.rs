@@ -126,7 +126,7 @@ fn service(number: u32) -> Change {
         ..ServiceSpec::default()
     };
     let service = Service { spec: Some(spec), ..Service::default() };
-    Change::Service(key(number, "service"), Some(Box::new(service)))
+    Change::Service(key(number, "service"), Some(lean(service)))
 }
 
 fn slice(number: u32, endpoints: u32) -> Change {
@@ -146,7 +146,7 @@ fn slice(number: u32, endpoints: u32) -> Change {
             ..EndpointPort::default()
         }]),
     };
-    Change::EndpointSlice(key(number, "slice"), Some(Box::new(slice)))
+    Change::EndpointSlice(key(number, "slice"), Some(lean(slice)))
 }
 
 fn key(number: u32, what: &str) -> ServiceKey {
@@ -155,4 +155,10 @@ fn key(number: u32, what: &str) -> ServiceKey {
 
 fn cluster_ip(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(0x0a60_0000 + number)
+}
+
+/// The object as kproxy reads it.
+fn lean<T: serde::de::DeserializeOwned>(object: impl serde::Serialize) -> Box<T> {
+    let tree = serde_json::to_value(object).expect("it has a form");
+    Box::new(serde_json::from_value(tree).expect("it is an object"))
 }

@@ -241,6 +241,7 @@ impl Agent<'_> {
                 tracing::info!(objects, read_us, parse_us, "the first full lists are here");
             }
             Event::Problem(problem) => self.telemetry.source_problem(problem),
+            Event::Watch(state) => self.telemetry.watch_is(state),
             Event::Flush => self.sync()?,
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! Data flows one way: [`source`] → [`model`] → [`plan`] → [`maps`] → the programs.
 
 pub mod agent;
+pub mod api;
 pub mod cli;
 pub mod commands;
 pub mod devices;

@@ -30,10 +30,9 @@ pub use problem::{ObjectKind, ObjectRef, Problem, ProblemKind};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
 use kproxy_common::{Address, Cidr, FrontendKey, Protocol, TrafficPolicy};
 
+use crate::api;
 use crate::wanted::{ServiceKey, WantedOptOuts, WantedService};
 use claims::{Claimant, Claims};
 use compute::{Computed, Context, compute};
@@ -287,7 +286,7 @@ impl Model {
         }
     }
 
-    fn apply_service(&mut self, key: ServiceKey, service: Option<&core::Service>) -> bool {
+    fn apply_service(&mut self, key: ServiceKey, service: Option<&api::Service>) -> bool {
         let key = self.services.get_key_value(&key).map_or_else(|| Arc::new(key), |(key, _)| Arc::clone(key));
         let extra = &self.config.pass_through.extra_annotations;
         let (service, problems) = split(service.map(|service| parse::service(&key, service, extra)));
@@ -316,7 +315,7 @@ impl Model {
         false
     }
 
-    fn apply_slice(&mut self, key: ServiceKey, slice: Option<&discovery::EndpointSlice>) -> bool {
+    fn apply_slice(&mut self, key: ServiceKey, slice: Option<&api::EndpointSlice>) -> bool {
         let (slice, problems) = split(slice.map(|slice| parse::endpoint_slice(&key, slice)));
         self.problems.set(ObjectRef::endpoint_slice(&key), Stage::Parsed, problems);
         let slice = slice.flatten();
@@ -345,8 +344,10 @@ impl Model {
         false
     }
 
-    fn apply_node(&mut self, node: Option<&core::Node>) {
-        let is_other = |node: &core::Node| node.metadata.name.as_deref() != Some(&self.config.node_name);
+    fn apply_node(&mut self, node: Option<&api::Node>) {
+        let name =
+            |node: &api::Node| node.metadata.get().and_then(|metadata| metadata.name()).map(str::to_owned);
+        let is_other = |node: &api::Node| name(node).as_deref() != Some(self.config.node_name.as_str());
         if node.is_some_and(is_other) {
             return;
         }

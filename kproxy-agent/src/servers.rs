@@ -24,8 +24,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use k8s_openapi::api::core::v1::Node;
-
 use self::listen::{Bind, Listening, News, RETRY, listen};
 pub use self::{
     address::{BindAddress, BindAddressError},
@@ -37,7 +35,7 @@ pub use self::{
     readings::{Read, Readings, ServiceCounters},
     routes::PROXY_MODE,
 };
-use crate::{model::objects::Family, wanted::ServiceKey};
+use crate::{api::Node, model::objects::Family, wanted::ServiceKey};
 
 /// What the servers know. Cheap to clone; all clones are the same.
 #[derive(Clone, Debug)]
@@ -51,6 +49,8 @@ struct Inner {
     unbound: Mutex<BTreeMap<SocketAddr, ListenFailure>>,
     metrics: Metrics,
     configz: String,
+    /// Why the node is not ready, as the log has it.
+    logged: Mutex<Vec<String>>,
 }
 
 impl State {
@@ -68,6 +68,7 @@ impl State {
             unbound: Mutex::default(),
             metrics,
             configz,
+            logged: Mutex::default(),
         }))
     }
 
@@ -99,9 +100,27 @@ impl State {
         self.health().node_seen(node);
     }
 
+    /// The first full lists are in force.
+    pub fn in_force(&self) {
+        self.health().in_force();
+    }
+
+    /// Since when there has been no working watch of a kind of object (`services`); `None`: there is one.
+    pub fn watch_is(&self, plural: &'static str, lost: Option<Moment>) {
+        self.health().watch_is(plural, lost);
+    }
+
+    /// What `/readyz` answers.
+    pub fn readyz(&self, now: Moment) -> HealthReport {
+        let report = self.health().readyz(now);
+        self.log(&report.reasons);
+        report
+    }
+
     /// What `/healthz` answers; counts the answer.
     pub fn healthz(&self, now: Moment) -> HealthReport {
         let report = self.health().healthz(now);
+        self.log(&report.reasons);
         self.0.metrics.healthz_answered(status(&report));
         report
     }
@@ -117,6 +136,21 @@ impl State {
     pub fn health_check(&self, port: u16, family: Family, now: Moment) -> Option<HealthCheckAnswer> {
         let is_healthy = self.health().is_healthy(now);
         self.health_checks().get(&port).map(|check| check.answer(family, is_healthy))
+    }
+
+    /// Logs why the node is not ready, once for each reason.
+    fn log(&self, reasons: &[String]) {
+        let mut logged = self.0.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if *logged == reasons {
+            return;
+        }
+        for reason in reasons.iter().filter(|reason| !logged.contains(reason)) {
+            tracing::warn!("not ready: {reason}");
+        }
+        if reasons.is_empty() {
+            tracing::info!("ready");
+        }
+        *logged = reasons.to_vec();
     }
 
     fn configz(&self) -> String {
@@ -194,7 +228,7 @@ impl Servers {
 /// One of the two.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Server {
-    /// `/healthz` and `/livez`.
+    /// `/healthz`, `/livez` and `/readyz`.
     Healthz,
     /// `/metrics` and the like.
     Metrics,

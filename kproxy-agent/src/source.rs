@@ -26,10 +26,12 @@ pub enum Event {
     /// Every kind has had its first full list. Sent once; before it the changes are part of the whole, and
     /// nothing may be written.
     Synced,
+    /// A kind of object has a watch that works, or no longer.
+    Watch(kubernetes::WatchState),
     /// Something is wrong with the source, or (`resolved`) no longer.
     Problem(SourceProblem),
     /// The changes since the last flush belong together: a good time to plan. Sent after every batch, also
-    /// after [`Event::Synced`]; never two without a change, problem or Synced between them.
+    /// after [`Event::Synced`]; never two without something between them.
     Flush,
 }
 

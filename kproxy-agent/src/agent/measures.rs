@@ -6,10 +6,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use k8s_openapi::{api::discovery::v1::EndpointSlice, jiff::Timestamp};
+use k8s_openapi::jiff::Timestamp;
 use kproxy_common::{FrontendKind, Mode};
 
 use crate::{
+    api::EndpointSlice,
     model::objects::Family,
     servers::PolicySide,
     wanted::{ServiceKey, WantedPort, WantedService},
@@ -68,10 +69,11 @@ pub struct Trigger {
 impl Trigger {
     /// Of a slice that came or changed, where it says so. What went has the time of the change before.
     pub fn of(namespace: &str, slice: &EndpointSlice) -> Option<Self> {
-        let name = slice.metadata.labels.as_ref()?.get(SERVICE_NAME)?.clone();
+        let metadata = slice.metadata.get()?;
+        let name = metadata.labels.get()?.get(SERVICE_NAME)?.text()?.to_owned();
         // What is no time is left out, as by kube-proxy.
-        let at: Timestamp = slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()?;
-        let family = match slice.address_type.as_str() {
+        let at: Timestamp = metadata.annotations.get()?.get(TRIGGER_TIME)?.text()?.parse().ok()?;
+        let family = match slice.address_type.text()? {
             "IPv4" => Family::V4,
             "IPv6" => Family::V6,
             _ => return None,
@@ -153,10 +155,10 @@ fn family_without(port: &WantedPort, side: Side) -> Option<Family> {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Service;
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::api::Service;
     use crate::model::{Change, Model, NodeConfig};
 
     fn at(second: u64) -> SystemTime {

@@ -26,7 +26,7 @@ use crate::{
         BindAddress, Changed, HealthCheckListeners, KubeProxyConfiguration, ListenNews, Metrics, Moment,
         ProblemOrigin, Readings, Server, Servers, ServiceCounters, State, SyncKind, configz,
     },
-    source::{PresentProblems, SourceProblem},
+    source::{PresentProblems, SourceProblem, kubernetes::WatchState},
     wanted::{ServiceKey, WantedService},
 };
 
@@ -160,6 +160,16 @@ impl Telemetry {
         }
     }
 
+    /// A kind of object has a watch that works, or no longer.
+    pub fn watch_is(&self, watch: WatchState) {
+        let WatchState { plural, lost } = watch;
+        let since = lost.map(|instant| {
+            let wall = SystemTime::now().checked_sub(instant.elapsed());
+            Moment { instant, wall: wall.unwrap_or(SystemTime::UNIX_EPOCH) }
+        });
+        self.state.watch_is(plural, since);
+    }
+
     /// The source has a problem, or no longer.
     pub fn source_problem(&mut self, problem: SourceProblem) {
         self.source_problems.note(problem);
@@ -186,6 +196,10 @@ impl Telemetry {
             } else {
                 self.state.written(family, now);
             }
+        }
+        // The first time this comes after the programs were attached.
+        if !syncer.is_failing() {
+            self.state.in_force();
         }
         for (family, triggered) in self.programming.written(|service| syncer.is_written(service)) {
             metrics.programmed(family, triggered, now.wall);

@@ -2,12 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kproxy_common::FrontendKey;
 
 use super::local_addresses::LocalAddresses;
+use crate::api::{EndpointSlice, Node, Pod, Service, ServiceCidr};
 use crate::wanted::ServiceKey;
 
 /// One object as it is now; `None`: it is gone. The key stands beside the object, since an object that is
@@ -21,7 +19,7 @@ pub enum Change {
     /// This node's Node object. One with another name is ignored.
     Node(Option<Box<Node>>),
     /// A ServiceCIDR, by its name.
-    ServiceCidr(String, Option<Box<ServiceCIDR>>),
+    ServiceCidr(String, Option<Box<ServiceCidr>>),
     /// A Pod, by its namespace and name. One of another node is ignored.
     Pod(ServiceKey, Option<Box<Pod>>),
     /// All Pods of this node have been told once.

@@ -24,10 +24,11 @@ const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-we
 
 /// `--healthz-bind-address`. As there, methods do not matter.
 pub(super) fn healthz(state: &State) -> Router {
-    let (healthz, livez) = (state.clone(), state.clone());
+    let (healthz, livez, readyz) = (state.clone(), state.clone(), state.clone());
     Router::new()
         .route("/healthz", any(async move || health(healthz.healthz(Moment::now()))))
         .route("/livez", any(async move || health(livez.livez(Moment::now()))))
+        .route("/readyz", any(async move || health(readyz.readyz(Moment::now()))))
         .fallback(not_found)
 }
 

@@ -1,7 +1,6 @@
 use std::net::{IpAddr, TcpListener};
 
-use k8s_openapi::api::core::v1::{NodeSpec, Taint};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 use super::{
@@ -20,6 +19,14 @@ async fn healthz_and_livez_answer_as_kube_proxy_does() {
     let response = get(address, "/healthz").await;
     assert_eq!(response.status, 503, "the node was never seen: {}", response.body);
     state.node_seen(&Node::default());
+    for path in ["/healthz", "/readyz"] {
+        let response = get(address, path).await;
+        assert_eq!(response.status, 503, "nothing is in force: {}", response.body);
+        assert!(response.body.contains("the first full lists"), "{}", response.body);
+    }
+    assert_eq!(get(address, "/livez").await.status, 200);
+    state.in_force();
+    assert_eq!(get(address, "/readyz").await.status, 200);
     let response = get(address, "/healthz").await;
     assert_eq!(response.status, 200, "{}", response.body);
     assert_eq!(response.header("content-type"), Some("application/json"));
@@ -30,9 +37,8 @@ async fn healthz_and_livez_answer_as_kube_proxy_does() {
     assert_eq!(body["status"]["IPv6"]["healthy"], true);
 
     // A node that is about to go gets no more traffic, but nobody restarts its agent for that.
-    let taint = Taint { key: "ToBeDeletedByClusterAutoscaler".into(), ..Taint::default() };
-    let spec = NodeSpec { taints: Some(vec![taint]), ..NodeSpec::default() };
-    state.node_seen(&Node { spec: Some(spec), ..Node::default() });
+    let node = json!({"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}});
+    state.node_seen(&serde_json::from_value(node).unwrap());
     assert_eq!(get(address, "/healthz").await.status, 503);
     let response = get(address, "/livez").await;
     assert_eq!(response.status, 200);
@@ -46,8 +52,8 @@ async fn healthz_and_livez_answer_as_kube_proxy_does() {
     let metrics = state.metrics().exposition().unwrap();
     for line in [
         r#"kubeproxy_proxy_healthz_total{code="200"} 1"#,
-        r#"kubeproxy_proxy_healthz_total{code="503"} 2"#,
-        r#"kubeproxy_proxy_livez_total{code="200"} 3"#,
+        r#"kubeproxy_proxy_healthz_total{code="503"} 3"#,
+        r#"kubeproxy_proxy_livez_total{code="200"} 4"#,
     ] {
         assert!(metrics.contains(line), "no {line} in\n{metrics}");
     }
@@ -57,6 +63,7 @@ async fn healthz_and_livez_answer_as_kube_proxy_does() {
 async fn a_change_that_waits_for_a_minute_is_told_everywhere() {
     let state = state();
     state.node_seen(&Node::default());
+    state.in_force();
     let mut server = serve_healthz(&state, ANY_PORT.parse().unwrap(), |_, _| {});
     let address = server.address().await;
     let service = ServiceKey { namespace: "default".into(), name: "web".into() };

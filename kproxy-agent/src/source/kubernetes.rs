@@ -8,6 +8,7 @@ mod backoff;
 mod kinds;
 mod recorder;
 mod servers;
+mod stream;
 mod trouble;
 mod watch;
 
@@ -15,9 +16,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -28,6 +26,8 @@ use super::{Event, Source};
 use crate::model::Change;
 use servers::Servers;
 use watch::{Selectors, Timing, Watch};
+
+pub use watch::WatchState;
 
 pub use recorder::Recorder;
 pub use servers::{ConfigError, ConnectionSettings};
@@ -52,11 +52,15 @@ const BATCHES_WAITING: usize = 16;
 #[derive(Clone)]
 pub struct Connection(Arc<Servers>);
 
-/// What a watch tells.
+/// What a watch tells. What was there at once is told together.
 #[derive(Debug)]
 enum Report {
-    /// Changes that were there at once.
-    Changes(Vec<Change>),
+    /// An object came, changed or went.
+    Change(Change),
+    /// An object cannot be read, or no longer so.
+    Problem(SourceProblem),
+    /// Whether there is a watch that works.
+    Watch(WatchState),
     /// The first full list of this kind is complete, or will not be had.
     Listed(Kind),
     /// What is wrong with this kind's watch now, if anything.
@@ -84,22 +88,26 @@ fn start(servers: Arc<Servers>, node_name: String, timing: Timing) -> Source {
     let mut watches = JoinSet::new();
     let all = Selectors::default();
     // All Services: the ClusterIPs of those that another proxy serves must be known too.
-    watches.spawn(Watch::<Service>::new(servers.clone(), all.clone(), timing, reports.clone()).run());
+    let mut begin = |watched, selectors| {
+        watches.spawn(Watch::new(watched, servers.clone(), selectors, timing, reports.clone()).run());
+    };
+    begin(&kinds::SERVICES, all.clone());
     let with_address =
         Selectors { labels: Some("!service.kubernetes.io/headless".to_owned()), ..all.clone() };
-    watches.spawn(Watch::<EndpointSlice>::new(servers.clone(), with_address, timing, reports.clone()).run());
+    begin(&kinds::ENDPOINT_SLICES, with_address);
     let own = Selectors { fields: Some(format!("metadata.name={node_name}")), ..all.clone() };
-    watches.spawn(Watch::<Node>::new(servers.clone(), own, timing, reports.clone()).run());
-    watches.spawn(Watch::<ServiceCIDR>::new(servers.clone(), all.clone(), timing, reports.clone()).run());
+    begin(&kinds::NODES, own);
+    begin(&kinds::SERVICE_CIDRS, all.clone());
     let here = Selectors { fields: Some(format!("spec.nodeName={node_name}")), ..all };
-    watches.spawn(Watch::<Pod>::new(servers, here, timing, reports).run());
+    begin(&kinds::PODS, here);
+    drop(reports);
     Source::spawn(|events| merge(watches, received, Merged::new(node_name), events))
 }
 
 /// Passes on what the watches report. Ends, and ends the watches, when nobody listens.
 async fn merge(
     mut watches: JoinSet<()>,
-    mut reports: mpsc::Receiver<Report>,
+    mut reports: mpsc::Receiver<Vec<Report>>,
     mut merged: Merged,
     events: mpsc::Sender<Event>,
 ) {
@@ -119,7 +127,7 @@ async fn merge(
             () = tokio::time::sleep_until(deadline), if !merged.waited => merged.waited = true,
         }
         loop {
-            received.drain(..).for_each(|report| merged.take(report, &mut outgoing));
+            received.drain(..).flatten().for_each(|report| merged.take(report, &mut outgoing));
             merged.say_synced(&mut outgoing);
             let changes = outgoing.len();
             for event in outgoing.drain(..) {
@@ -177,14 +185,14 @@ impl Merged {
     fn take(&mut self, report: Report, outgoing: &mut Vec<Event>) {
         match report {
             Report::Listed(kind) => self.listed[kind as usize] = true,
-            Report::Changes(changes) => {
-                for change in changes {
-                    if let Change::Node(node) = &change {
-                        self.see_node(node.is_some(), outgoing);
-                    }
-                    outgoing.push(Event::Change(change));
+            Report::Change(change) => {
+                if let Change::Node(node) = &change {
+                    self.see_node(node.is_some(), outgoing);
                 }
+                outgoing.push(Event::Change(change));
             }
+            Report::Problem(problem) => say(problem, outgoing),
+            Report::Watch(state) => outgoing.push(Event::Watch(state)),
             Report::Trouble(kind, trouble) => {
                 // That the API server cannot be reached is one problem, however many watches see it.
                 let is_there = |troubles: &BTreeMap<Kind, SourceProblem>, problem: &SourceProblem| {
@@ -243,5 +251,7 @@ fn say(problem: SourceProblem, outgoing: &mut Vec<Event>) {
 
 #[cfg(test)]
 mod fake_api;
+#[cfg(test)]
+mod odd_objects;
 #[cfg(test)]
 mod tests;

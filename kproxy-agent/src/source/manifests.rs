@@ -55,7 +55,7 @@ pub fn load(paths: &[PathBuf], node_name: &str) -> Loaded {
     reader.step(Work { scan: true, ..Work::default() }, &mut |_| {}, &mut |event| match event {
         Event::Change(change) => loaded.changes.push(change),
         Event::Problem(problem) => loaded.problems.push(problem),
-        Event::Synced | Event::Flush => {}
+        Event::Synced | Event::Watch(_) | Event::Flush => {}
     });
     loaded
 }

@@ -1,17 +1,10 @@
-//! An object of one of the kinds that are read, its key, and what is thrown away of it at once.
+//! An object of one of the kinds that are read, and its key.
 
 use std::fmt;
 
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodStatus, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-
+use crate::api::{self, EndpointSlice, Field, Metadata, Node, Pod, Service, ServiceCidr, Text};
 use crate::model::Change;
 use crate::wanted::ServiceKey;
-
-/// Holds a copy of the whole object: of no use here, and often longer than the object.
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
 /// The kinds that are read.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -45,6 +38,21 @@ impl Kind {
             Kind::ServiceCidr => "ServiceCIDR",
             Kind::Pod => "Pod",
         }
+    }
+
+    /// The key of an object of this kind; a namespace that is not given is `default`, as kubectl has it. `None`
+    /// without a name, or with a namespace that is no text.
+    pub(super) fn key(self, name: &Field<Text>, namespace: &Field<Text>) -> Option<ObjectKey> {
+        let name = name.text().filter(|name| !name.is_empty())?.to_owned();
+        let namespace = match (self, namespace) {
+            (Kind::Node | Kind::ServiceCidr, _) => "",
+            (_, Field::Absent) => "default",
+            (_, Field::Is(namespace)) if namespace.is_empty() => "default",
+            (_, Field::Is(namespace)) => namespace,
+            // Any could be meant.
+            (_, Field::Mistyped(_)) => return None,
+        };
+        Some(ObjectKey { kind: self, namespace: namespace.to_owned(), name })
     }
 }
 
@@ -85,60 +93,88 @@ impl fmt::Display for ObjectKey {
 }
 
 /// An object as it was read. Boxed: the kinds differ much in size, and all of them travel in one queue.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) enum Object {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     Node(Box<Node>),
-    ServiceCidr(Box<ServiceCIDR>),
+    ServiceCidr(Box<ServiceCidr>),
     Pod(Box<Pod>),
 }
 
+/// An object of which nothing can be used.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Unreadable {
+    /// Which it is, where even that can be told.
+    pub(super) key: Option<ObjectKey>,
+    /// `metadata.resourceVersion`, where it can be told.
+    pub(super) version: Option<String>,
+    /// Why not, and where.
+    pub(super) why: String,
+}
+
 impl Object {
-    /// The key of the object; a namespace that is not given is `default`, as kubectl has it. `None` without a
-    /// name.
-    pub(super) fn key(&self) -> Option<ObjectKey> {
-        let (kind, metadata) = match self {
-            Object::Service(object) => (Kind::Service, &object.metadata),
-            Object::EndpointSlice(object) => (Kind::EndpointSlice, &object.metadata),
-            Object::Node(object) => (Kind::Node, &object.metadata),
-            Object::ServiceCidr(object) => (Kind::ServiceCidr, &object.metadata),
-            Object::Pod(object) => (Kind::Pod, &object.metadata),
-        };
-        let name = metadata.name.clone().filter(|name| !name.is_empty())?;
-        let namespace = match (kind, metadata.namespace.as_deref()) {
-            (Kind::Node | Kind::ServiceCidr, _) => "",
-            (_, None | Some("")) => "default",
-            (_, Some(namespace)) => namespace,
-        };
-        Some(ObjectKey { kind, namespace: namespace.to_owned(), name })
+    /// Reads an object of this kind by `read`, which reads YAML or JSON into the type that it is asked for.
+    pub(super) fn read_by<R: Read>(kind: Kind, read: R) -> Result<Self, R::Error> {
+        Ok(match kind {
+            Kind::Service => Object::Service(read.read()?),
+            Kind::EndpointSlice => Object::EndpointSlice(read.read()?),
+            Kind::Node => Object::Node(read.read()?),
+            Kind::ServiceCidr => Object::ServiceCidr(read.read()?),
+            Kind::Pod => Object::Pod(read.read()?),
+        })
     }
 
-    /// Throws away what nobody reads, before it is kept anywhere: of a Node or a Pod that is nearly all of it.
-    pub(super) fn trim(&mut self) {
+    /// Reads an object of this kind from its JSON, with its key. It has to be an object with a name; whatever
+    /// else it holds is for the model to judge.
+    pub(super) fn from_json(kind: Kind, text: &str) -> Result<(ObjectKey, Self), Unreadable> {
+        let unreadable = |why: String| {
+            let identified = serde_json::from_str::<api::Identified>(text).unwrap_or_default();
+            let metadata = identified.metadata.get().cloned().unwrap_or_default();
+            Unreadable {
+                key: kind.key(&metadata.name, &metadata.namespace),
+                version: version(&metadata.resource_version),
+                why,
+            }
+        };
+        let object = Object::read_by(kind, Json(text)).map_err(|error| unreadable(error.to_string()))?;
+        match object.key() {
+            Some(key) => Ok((key, object)),
+            None => {
+                Err(unreadable("it has no metadata.name, or a metadata.namespace that is no text".to_owned()))
+            }
+        }
+    }
+
+    /// The key of the object; `None` without a name.
+    pub(super) fn key(&self) -> Option<ObjectKey> {
+        let metadata = self.metadata()?;
+        self.kind().key(&metadata.name, &metadata.namespace)
+    }
+
+    /// Of which kind it is.
+    pub(super) fn kind(&self) -> Kind {
         match self {
-            Object::Service(object) => trim_metadata(&mut object.metadata),
-            Object::EndpointSlice(object) => trim_metadata(&mut object.metadata),
-            Object::ServiceCidr(object) => trim_metadata(&mut object.metadata),
-            Object::Node(object) => {
-                trim_metadata(&mut object.metadata);
-                let addresses = object.status.take().and_then(|status| status.addresses);
-                object.status = Some(NodeStatus { addresses, ..NodeStatus::default() });
-            }
-            Object::Pod(object) => {
-                trim_metadata(&mut object.metadata);
-                (object.metadata.labels, object.metadata.owner_references) = (None, None);
-                object.spec = object.spec.take().map(|PodSpec { node_name, host_network, .. }| PodSpec {
-                    node_name,
-                    host_network,
-                    ..PodSpec::default()
-                });
-                object.status = object.status.take().map(|PodStatus { phase, pod_ips, .. }| PodStatus {
-                    phase,
-                    pod_ips,
-                    ..PodStatus::default()
-                });
-            }
+            Object::Service(_) => Kind::Service,
+            Object::EndpointSlice(_) => Kind::EndpointSlice,
+            Object::Node(_) => Kind::Node,
+            Object::ServiceCidr(_) => Kind::ServiceCidr,
+            Object::Pod(_) => Kind::Pod,
+        }
+    }
+
+    /// `metadata.resourceVersion`, if it is one.
+    pub(super) fn version(&self) -> Option<String> {
+        version(&self.metadata()?.resource_version)
+    }
+
+    fn metadata(&self) -> Option<&Metadata> {
+        match self {
+            Object::Service(object) => object.metadata.get(),
+            Object::EndpointSlice(object) => object.metadata.get(),
+            Object::Node(object) => object.metadata.get(),
+            Object::ServiceCidr(object) => object.metadata.get(),
+            Object::Pod(object) => object.metadata.get(),
         }
     }
 
@@ -154,82 +190,65 @@ impl Object {
     }
 }
 
-fn trim_metadata(metadata: &mut ObjectMeta) {
-    metadata.managed_fields = None;
-    if let Some(annotations) = &mut metadata.annotations {
-        annotations.remove(LAST_APPLIED);
+/// Reads one text into any type, once.
+pub(super) trait Read {
+    type Error;
+
+    fn read<T: serde::de::DeserializeOwned>(self) -> Result<T, Self::Error>;
+}
+
+/// JSON, as [`Read`] wants it.
+struct Json<'a>(&'a str);
+
+impl Read for Json<'_> {
+    type Error = serde_json::Error;
+
+    fn read<T: serde::de::DeserializeOwned>(self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(self.0)
     }
+}
+
+/// A version to go on from: a decimal number, as all of them are. What else an object may claim to be one must
+/// not become a request.
+pub(super) fn version(written: &Field<Text>) -> Option<String> {
+    const LONGEST: usize = "18446744073709551615".len();
+    let is_version =
+        |text: &&str| (1..=LONGEST).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    written.text().filter(is_version).map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::{Container, ContainerImage, NodeAddress, PodIP};
-
     use super::*;
 
     #[test]
     fn a_namespace_that_is_not_given_is_default() {
-        let mut service = Service::default();
-        assert_eq!(Object::Service(Box::new(service.clone())).key(), None);
-        service.metadata.name = Some("web".into());
-        let key = Object::Service(Box::new(service)).key().expect("it has a name");
+        let (key, _) = Object::from_json(Kind::Service, r#"{"metadata": {"name": "web"}}"#).expect("a name");
         assert_eq!(key.to_string(), "Service default/web");
+        let (key, _) = Object::from_json(Kind::Node, r#"{"metadata": {"name": "a", "namespace": "b"}}"#)
+            .expect("a name");
+        assert_eq!(key.to_string(), "Node a");
     }
 
     #[test]
-    fn of_a_node_the_addresses_labels_and_taints_stay() {
-        let mut node = Node::default();
-        node.metadata.name = Some("a".into());
-        node.metadata.labels = Some([("zone".to_owned(), "z".to_owned())].into());
-        node.metadata.managed_fields = Some(vec![]);
-        node.metadata.annotations = Some([(LAST_APPLIED.to_owned(), "{}".to_owned())].into());
-        let address = NodeAddress { address: "192.0.2.1".into(), type_: "InternalIP".into() };
-        node.status = Some(NodeStatus {
-            addresses: Some(vec![address.clone()]),
-            images: Some(vec![ContainerImage::default()]),
-            ..NodeStatus::default()
-        });
-        let mut object = Object::Node(Box::new(node));
-        object.trim();
-        let Object::Node(node) = object else { panic!("it was a Node") };
-        assert_eq!(node.metadata.labels.map(|labels| labels.len()), Some(1));
-        assert_eq!(node.metadata.managed_fields, None);
-        assert_eq!(node.metadata.annotations.map(|annotations| annotations.len()), Some(0));
-        let status = node.status.expect("the addresses are there");
-        assert_eq!((status.addresses, status.images), (Some(vec![address]), None));
+    fn of_what_cannot_be_read_is_told_which_it_is_and_its_version() {
+        let text = r#"{"metadata": {"name": "web", "labels": {"a": 1e999}, "resourceVersion": "7"}}"#;
+        let unreadable = Object::from_json(Kind::Service, text).expect_err("no number is so large");
+        assert_eq!(unreadable.key.map(|key| key.to_string()).as_deref(), Some("Service default/web"));
+        assert_eq!(unreadable.version.as_deref(), Some("7"));
+        for text in ["null", "[]", "{}", r#"{"metadata": null}"#, r#"{"metadata": {"name": 7}}"#, "{"] {
+            let unreadable = Object::from_json(Kind::Service, text).expect_err(text);
+            assert_eq!((unreadable.key, unreadable.version), (None, None), "{text}");
+        }
     }
 
     #[test]
-    fn of_a_pod_stays_what_opts_it_out() {
-        let mut pod = Pod::default();
-        pod.metadata.name = Some("mesh".into());
-        pod.metadata.labels = Some([("app".to_owned(), "mesh".to_owned())].into());
-        let annotations = [("kproxy.io/socket-hooks", "false"), (LAST_APPLIED, "{}")];
-        pod.metadata.annotations =
-            Some(annotations.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
-        pod.spec = Some(PodSpec {
-            node_name: Some("node-a".to_owned()),
-            host_network: Some(true),
-            containers: vec![Container::default()],
-            ..PodSpec::default()
-        });
-        let ips = vec![PodIP { ip: "10.244.1.7".to_owned() }];
-        pod.status = Some(PodStatus {
-            phase: Some("Running".to_owned()),
-            pod_ips: Some(ips.clone()),
-            message: Some("long".to_owned()),
-            ..PodStatus::default()
-        });
-        let mut object = Object::Pod(Box::new(pod));
-        object.trim();
-        assert_eq!(object.key().map(|key| key.to_string()).as_deref(), Some("Pod default/mesh"));
-        let Object::Pod(pod) = object else { panic!("it was a Pod") };
-        let (metadata, spec, status) = (pod.metadata, pod.spec.unwrap(), pod.status.unwrap());
-        let annotations = metadata.annotations.unwrap();
-        assert_eq!(annotations.keys().collect::<Vec<_>>(), ["kproxy.io/socket-hooks"]);
-        assert_eq!((metadata.labels, spec.containers.len()), (None, 0));
-        assert_eq!((spec.node_name.as_deref(), spec.host_network), (Some("node-a"), Some(true)));
-        let kept = (status.phase.as_deref(), status.pod_ips, status.message);
-        assert_eq!(kept, (Some("Running"), Some(ips), None));
+    fn a_version_is_a_number() {
+        let written = |text: &str| version(&Field::Is(text.into()));
+        assert_eq!(written("12").as_deref(), Some("12"));
+        for odd in ["", "-1", "1 ", "a", "1&watch=false", "184467440737095516150"] {
+            assert_eq!(written(odd), None, "{odd:?}");
+        }
+        assert_eq!(version(&Field::Absent), None);
     }
 }

@@ -53,15 +53,21 @@ pub struct World {
 impl Event {
     pub fn change(&self) -> Change {
         match self.clone() {
-            Self::Service(key, service) => Change::Service(key, service),
-            Self::Slice(key, slice) => Change::EndpointSlice(key, slice.map(Box::new)),
-            Self::Node(node) => Change::Node(node),
-            Self::ServiceCidr(name, object) => Change::ServiceCidr(name, object.map(Box::new)),
-            Self::Pod(key, pod) => Change::Pod(key, pod),
+            Self::Service(key, service) => Change::Service(key, service.map(lean)),
+            Self::Slice(key, slice) => Change::EndpointSlice(key, slice.map(lean)),
+            Self::Node(node) => Change::Node(node.map(lean)),
+            Self::ServiceCidr(name, object) => Change::ServiceCidr(name, object.map(lean)),
+            Self::Pod(key, pod) => Change::Pod(key, pod.map(lean)),
             Self::Local(addresses) => Change::LocalAddresses(addresses),
             Self::Listeners(listeners) => Change::Listeners(listeners),
         }
     }
+}
+
+/// The object as kproxy reads it.
+fn lean<T: serde::de::DeserializeOwned>(object: impl serde::Serialize) -> Box<T> {
+    let tree = serde_json::to_value(object).expect("it has a form");
+    Box::new(serde_json::from_value(tree).expect("it is an object"))
 }
 
 impl World {

@@ -370,7 +370,7 @@ fn endpoints<'a>(
         for port in slice.ports.iter().flatten() {
             let number = port.port.and_then(|number| u16::try_from(number).ok()).filter(|number| *number > 0);
             let Some(number) = number else { continue };
-            if port.name.as_deref() != Some(port_name)
+            if port.name.as_deref().unwrap_or_default() != port_name
                 || protocol(port.protocol.as_deref()) != Some(frontend.protocol())
             {
                 continue;

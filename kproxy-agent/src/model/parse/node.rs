@@ -1,56 +1,65 @@
 //! The own Node, and ServiceCIDRs.
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kproxy_common::Cidr;
 
 use super::values::{address, cidr, quoted};
 use super::{Parsed, Report};
+use crate::api::{self, Field, List, Text};
 use crate::model::objects::{Family, Node};
 use crate::model::problem::{ObjectRef, ProblemKind};
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// The Node `node`.
-pub fn node(node: &core::Node) -> Parsed<Node> {
-    let mut report = Report::new(ObjectRef::node(node.metadata.name.as_deref().unwrap_or_default()));
-    let zone = node.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
-    let written = node.status.iter().flat_map(|status| &status.addresses).flatten();
+pub fn node(node: &api::Node) -> Parsed<Node> {
+    let metadata = node.metadata.get();
+    let name = metadata.and_then(api::Metadata::name).unwrap_or_default();
+    let mut report = Report::new(ObjectRef::node(name));
+    let labels = metadata.and_then(|metadata| report.read("metadata.labels", &metadata.labels));
+    let zone = labels.and_then(|labels| labels.get(ZONE_LABEL));
+    let zone = zone.and_then(|zone| report.text(format_args!("metadata.labels[{ZONE_LABEL}]"), zone));
     let mut found = Vec::new();
-    for (at, entry) in written.enumerate() {
-        let rank = match entry.type_.as_str() {
-            "InternalIP" => 0,
-            "ExternalIP" => 1,
-            _ => continue,
-        };
-        if let Some(ip) = address(&mut report, format_args!("status.addresses[{at}].address"), &entry.address)
-        {
-            found.push((rank, ip));
+    if let Some(status) = report.read("status", &node.status) {
+        for (at, entry) in report.entries("status.addresses", &status.addresses) {
+            let rank = match report.text(format_args!("status.addresses[{at}].type"), &entry.type_) {
+                Some("InternalIP") => 0,
+                Some("ExternalIP") => 1,
+                _ => continue,
+            };
+            let field = format_args!("status.addresses[{at}].address");
+            let written = report.text(field, &entry.address);
+            let ip = written.and_then(|text| address(&mut report, field, text));
+            found.extend(ip.map(|ip| (rank, ip)));
         }
     }
     // Stable: among addresses of one type the Node's own order counts.
     found.sort_by_key(|(rank, _)| *rank);
     let first_of = |family| found.iter().map(|(_, ip)| *ip).find(|ip| Family::of(ip) == family);
     let addresses = Family::ALL.into_iter().filter_map(first_of).collect();
-    let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
-    let pods = node.spec.iter().flat_map(|spec| &spec.pod_cidrs).flatten();
-    let pod_cidrs = pods.filter_map(|text| cidr(text)).collect();
-    report.parsed(Node { zone, addresses, pod_cidrs })
+    let zone = zone.filter(|zone| !zone.is_empty()).map(Into::into);
+    let spec = report.read("spec", &node.spec);
+    let pod_cidrs = spec.map(|spec| ranges(&mut report, "spec.podCIDRs", &spec.pod_cidrs));
+    report.parsed(Node { zone, addresses, pod_cidrs: pod_cidrs.unwrap_or_default() })
 }
 
 /// The ranges of the ServiceCIDR `object`, which is called `name`.
-pub fn service_cidr(name: &str, object: &ServiceCIDR) -> Parsed<Vec<Cidr>> {
+pub fn service_cidr(name: &str, object: &api::ServiceCidr) -> Parsed<Vec<Cidr>> {
     let mut report = Report::new(ObjectRef::service_cidr(name));
-    let written = object.spec.iter().flat_map(|spec| &spec.cidrs).flatten();
+    let spec = report.read("spec", &object.spec);
+    let ranges = spec.map(|spec| ranges(&mut report, "spec.cidrs", &spec.cidrs));
+    report.parsed(ranges.unwrap_or_default())
+}
+
+fn ranges(report: &mut Report, field: &str, written: &Field<List<Text>>) -> Vec<Cidr> {
     let mut ranges = Vec::new();
-    for (at, text) in written.enumerate() {
+    for (at, text) in report.entries(field, written) {
         match cidr(text) {
             Some(range) => ranges.push(range),
             None => {
                 let message = format!("{} is no CIDR; it is skipped", quoted(text));
-                report.add(ProblemKind::Address, format!("spec.cidrs[{at}]"), message);
+                report.add(ProblemKind::Address, format!("{field}[{at}]"), message);
             }
         }
     }
-    report.parsed(ranges)
+    ranges
 }

@@ -1,10 +1,10 @@
 //! Pods, as far as they are opted out of the socket hooks.
 
-use k8s_openapi::api::core::v1 as core;
 use kproxy_common::Address;
 
 use super::values::{address, quoted};
 use super::{Parsed, Report};
+use crate::api;
 use crate::model::config::NodeConfig;
 use crate::model::problem::{ObjectRef, ProblemKind};
 use crate::wanted::ServiceKey;
@@ -16,20 +16,23 @@ const ANNOTATION: &str = "kproxy.io/socket-hooks";
 pub type OptedOutPod = Option<Box<[Address]>>;
 
 /// The Pod `pod` with namespace and name `key`.
-pub fn pod(key: &ServiceKey, pod: &core::Pod, config: &NodeConfig) -> Parsed<OptedOutPod> {
+pub fn pod(key: &ServiceKey, pod: &api::Pod, config: &NodeConfig) -> Parsed<OptedOutPod> {
     let mut report = Report::new(ObjectRef::pod(key));
     let value = opted_out(&mut report, pod, config);
     report.parsed(value)
 }
 
-fn opted_out(report: &mut Report, pod: &core::Pod, config: &NodeConfig) -> OptedOutPod {
-    let spec = pod.spec.as_ref()?;
-    let status = pod.status.as_ref();
-    if spec.node_name.as_deref() != Some(config.node_name.as_str()) || is_over(status) {
+fn opted_out(report: &mut Report, pod: &api::Pod, config: &NodeConfig) -> OptedOutPod {
+    let spec = report.read("spec", &pod.spec)?;
+    let status = report.read("status", &pod.status);
+    let node_name = report.text("spec.nodeName", &spec.node_name);
+    if node_name != Some(config.node_name.as_str()) || is_over(report, status) {
         return None;
     }
     let field = || format!("metadata.annotations[{ANNOTATION}]");
-    match pod.metadata.annotations.as_ref()?.get(ANNOTATION)?.as_str() {
+    let metadata = report.read("metadata", &pod.metadata)?;
+    let annotation = report.read("metadata.annotations", &metadata.annotations)?.get(ANNOTATION)?;
+    match report.text(field(), annotation)? {
         "false" => {}
         "true" => return None,
         other => {
@@ -41,7 +44,7 @@ fn opted_out(report: &mut Report, pod: &core::Pod, config: &NodeConfig) -> Opted
             return None;
         }
     }
-    if spec.host_network == Some(true) {
+    if report.read("spec.hostNetwork", &spec.host_network) == Some(&true) {
         let message = "a Pod of the host's network cannot be told from other processes of the node, whose sockets are \
                        served: it is not opted out";
         report.add(ProblemKind::CannotOptOut, field(), message);
@@ -53,18 +56,20 @@ fn opted_out(report: &mut Report, pod: &core::Pod, config: &NodeConfig) -> Opted
         report.add(ProblemKind::CannotOptOut, field(), message);
         return None;
     }
-    let written = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
-    let parsed = written
-        .iter()
-        .enumerate()
-        .filter_map(|(at, entry)| address(report, format_args!("status.podIPs[{at}].ip"), &entry.ip));
+    let written = report.entries("status.podIPs", &status?.pod_ips).into_iter();
+    let parsed = written.filter_map(|(at, entry)| {
+        let field = format_args!("status.podIPs[{at}].ip");
+        let text = report.text(field, &entry.ip)?;
+        address(report, field, text)
+    });
     let addresses: Box<[Address]> = parsed.collect();
     (!addresses.is_empty()).then_some(addresses)
 }
 
 /// Whether its containers have ended for good: its address may be another's by now.
-fn is_over(status: Option<&core::PodStatus>) -> bool {
-    matches!(status.and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+fn is_over(report: &mut Report, status: Option<&api::PodStatus>) -> bool {
+    let phase = status.and_then(|status| report.text("status.phase", &status.phase));
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 #[cfg(test)]

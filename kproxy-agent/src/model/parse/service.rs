@@ -1,13 +1,15 @@
 //! Services.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1 as k8s;
+use k8s_openapi::jiff::Timestamp;
 use kproxy_common::{Address, Cidr, ServiceKind, TrafficPolicy};
 
-use super::values::{address, cidr, port, protocol, quoted};
+use super::values::{address, cidr, port, protocol, quoted, text_or_skip};
 use super::{Parsed, Report};
+use crate::api::{self, Field, Text};
 use crate::model::objects::{Family, LoadBalancer, PassThroughValue, ServedBy, Service, ServicePort};
 use crate::model::problem::{ObjectRef, ProblemKind};
 use crate::wanted::{PassThroughRule, ServiceKey};
@@ -18,23 +20,29 @@ const ELB_ANNOTATION: &str = "kubernetes.io/elb.pass-through";
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` where none is written (`DefaultClientIPServiceAffinitySeconds`).
 const DEFAULT_AFFINITY_TIMEOUT: u32 = 10_800;
 /// Its upper bound (`MaxClientIPServiceAffinitySeconds`).
-const MAX_AFFINITY_TIMEOUT: i32 = 86_400;
+const MAX_AFFINITY_TIMEOUT: u32 = 86_400;
+
+/// An entry of `spec.clusterIPs` with its place, or `spec.clusterIP`.
+type WrittenIp<'a> = (Option<usize>, &'a str);
 
 /// The Service `service` with namespace and name `key`. `extra_annotations` are read after
 /// `kubernetes.io/elb.pass-through`, and like it.
 pub fn service(
     key: &Arc<ServiceKey>,
-    service: &k8s::Service,
+    service: &api::Service,
     extra_annotations: &[String],
 ) -> Parsed<Service> {
     let mut report = Report::new(ObjectRef::service(key));
-    let nothing = k8s::ServiceSpec::default();
-    let spec = service.spec.as_ref().unwrap_or(&nothing);
+    let (no_metadata, no_spec) = (api::Metadata::default(), api::ServiceSpec::default());
+    let metadata = report.read("metadata", &service.metadata).unwrap_or(&no_metadata);
+    let spec = report.read("spec", &service.spec).unwrap_or(&no_spec);
+    let type_ = report.text("spec.type", &spec.type_);
+    let written_ips = written_cluster_ips(&mut report, spec);
     let mut value = Service {
         key: Arc::clone(key),
-        created: created(service),
+        created: created(&mut report, metadata),
         kind: ServiceKind::ClusterIp,
-        served_by: served_by(service, spec),
+        served_by: served_by(&mut report, metadata, type_, &written_ips),
         cluster_ips: Box::default(),
         families: Box::default(),
         external_ips: Box::default(),
@@ -48,11 +56,11 @@ pub fn service(
         pass_through: Box::default(),
     };
     if value.served_by == ServedBy::Nobody {
-        report_missing_cluster_ip(&mut report, spec);
+        report_missing_cluster_ip(&mut report, type_, &written_ips);
         return report.parsed(value);
     }
-    value.kind = kind(&mut report, spec.type_.as_deref());
-    value.cluster_ips = cluster_ips(&mut report, spec);
+    value.kind = kind(&mut report, type_);
+    value.cluster_ips = cluster_ips(&mut report, &written_ips);
     if value.served_by == ServedBy::OtherProxy {
         return report.parsed(value);
     }
@@ -60,43 +68,54 @@ pub fn service(
     value.external_ips = external_ips(&mut report, spec, &value.families);
     value.load_balancers = load_balancers(&mut report, service, &value.families);
     value.ports = ports(&mut report, spec);
-    value.internal_policy =
-        policy(&mut report, "spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref());
-    value.external_policy =
-        policy(&mut report, "spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref());
+    value.internal_policy = policy(&mut report, "spec.internalTrafficPolicy", &spec.internal_traffic_policy);
+    value.external_policy = policy(&mut report, "spec.externalTrafficPolicy", &spec.external_traffic_policy);
     value.affinity_timeout = affinity_timeout(&mut report, spec);
     value.source_ranges = source_ranges(&mut report, spec);
     if value.kind == ServiceKind::LoadBalancer && value.external_policy == TrafficPolicy::Local {
-        let written = spec.health_check_node_port.filter(|number| *number != 0);
         value.health_check_node_port =
-            written.and_then(|number| port(&mut report, "spec.healthCheckNodePort", number));
+            optional_port(&mut report, "spec.healthCheckNodePort", &spec.health_check_node_port);
     }
-    value.pass_through = pass_through(&mut report, service, extra_annotations);
+    value.pass_through = pass_through(&mut report, metadata, extra_annotations);
     report.parsed(value)
 }
 
-fn created(service: &k8s::Service) -> i64 {
-    service.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second())
+fn created(report: &mut Report, metadata: &api::Metadata) -> i64 {
+    const LATEST: i64 = i64::MAX;
+    const FIELD: &str = "metadata.creationTimestamp";
+    let Some(text) = report.text(FIELD, &metadata.creation_timestamp) else { return LATEST };
+    match text.parse::<Timestamp>() {
+        Ok(time) => time.as_second(),
+        Err(_) => {
+            let message = format!("{} is no time; the Service counts as the youngest", quoted(text));
+            report.add(ProblemKind::Value, FIELD, message);
+            LATEST
+        }
+    }
 }
 
-fn served_by(service: &k8s::Service, spec: &k8s::ServiceSpec) -> ServedBy {
-    let mut written = written_cluster_ips(spec).peekable();
-    if spec.type_.as_deref() == Some("ExternalName") || written.peek().is_none() {
+fn served_by(
+    report: &mut Report,
+    metadata: &api::Metadata,
+    type_: Option<&str>,
+    written_ips: &[WrittenIp<'_>],
+) -> ServedBy {
+    if type_ == Some("ExternalName") || written_ips.is_empty() {
         return ServedBy::Nobody;
     }
-    if written.any(|(_, text)| text == "None") {
+    if written_ips.iter().any(|(_, text)| *text == "None") {
         return ServedBy::Nobody;
     }
-    let labels = service.metadata.labels.as_ref();
-    if labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
+    let labels = report.read("metadata.labels", &metadata.labels);
+    if labels.is_some_and(|labels| labels.contains(PROXY_NAME_LABEL)) {
         return ServedBy::OtherProxy;
     }
     ServedBy::Us
 }
 
 /// An API server never leaves it empty: this is for whoever wrote the Service into a file.
-fn report_missing_cluster_ip(report: &mut Report, spec: &k8s::ServiceSpec) {
-    if spec.type_.as_deref() == Some("ExternalName") || written_cluster_ips(spec).next().is_some() {
+fn report_missing_cluster_ip(report: &mut Report, type_: Option<&str>, written_ips: &[WrittenIp<'_>]) {
+    if type_ == Some("ExternalName") || !written_ips.is_empty() {
         return;
     }
     let message =
@@ -119,26 +138,29 @@ fn kind(report: &mut Report, written: Option<&str>) -> ServiceKind {
 }
 
 /// `spec.clusterIPs`, or `spec.clusterIP` where the list is missing; each with its field.
-fn written_cluster_ips(spec: &k8s::ServiceSpec) -> impl Iterator<Item = (Option<usize>, &str)> {
-    let many = spec.cluster_ips.iter().flatten().enumerate().map(|(at, text)| (Some(at), text.as_str()));
-    let is_empty = spec.cluster_ips.as_ref().is_none_or(Vec::is_empty);
-    let one = spec.cluster_ip.iter().filter(move |_| is_empty).map(|text| (None, text.as_str()));
-    many.chain(one).filter(|(_, text)| !text.is_empty())
+fn written_cluster_ips<'a>(report: &mut Report, spec: &'a api::ServiceSpec) -> Vec<WrittenIp<'a>> {
+    let many = report.entries("spec.clusterIPs", &spec.cluster_ips).into_iter();
+    let mut written: Vec<WrittenIp<'a>> = many.map(|(at, text)| (Some(at), &**text)).collect();
+    if spec.cluster_ips.get().is_none_or(Vec::is_empty) {
+        written.extend(report.text("spec.clusterIP", &spec.cluster_ip).map(|text| (None, text)));
+    }
+    written.retain(|(_, text)| !text.is_empty());
+    written
 }
 
-fn cluster_ips(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[Address]> {
+fn cluster_ips(report: &mut Report, written_ips: &[WrittenIp<'_>]) -> Box<[Address]> {
     let mut seen = BTreeSet::new();
-    let read = written_cluster_ips(spec).filter_map(|(at, text)| match at {
+    let read = written_ips.iter().filter_map(|(at, text)| match at {
         Some(at) => address(report, format_args!("spec.clusterIPs[{at}]"), text),
         None => address(report, "spec.clusterIP", text),
     });
     read.filter(|ip| seen.insert(*ip)).collect()
 }
 
-fn families(report: &mut Report, spec: &k8s::ServiceSpec, cluster_ips: &[Address]) -> Box<[Family]> {
+fn families(report: &mut Report, spec: &api::ServiceSpec, cluster_ips: &[Address]) -> Box<[Family]> {
     let mut families: BTreeSet<_> = cluster_ips.iter().map(Family::of).collect();
-    for (at, text) in spec.ip_families.iter().flatten().enumerate() {
-        match text.as_str() {
+    for (at, text) in report.entries("spec.ipFamilies", &spec.ip_families) {
+        match &**text {
             "IPv4" => families.insert(Family::V4),
             "IPv6" => families.insert(Family::V6),
             other => {
@@ -151,10 +173,10 @@ fn families(report: &mut Report, spec: &k8s::ServiceSpec, cluster_ips: &[Address
     families.into_iter().collect()
 }
 
-fn external_ips(report: &mut Report, spec: &k8s::ServiceSpec, families: &[Family]) -> Box<[Address]> {
+fn external_ips(report: &mut Report, spec: &api::ServiceSpec, families: &[Family]) -> Box<[Address]> {
     let mut read = Vec::new();
     let mut seen = BTreeSet::new();
-    for (at, text) in spec.external_ips.iter().flatten().enumerate() {
+    for (at, text) in report.entries("spec.externalIPs", &spec.external_ips) {
         let field = format!("spec.externalIPs[{at}]");
         let Some(ip) = address(report, &field, text) else { continue };
         if has_family(report, &field, &ip, families) && seen.insert(ip) {
@@ -164,15 +186,18 @@ fn external_ips(report: &mut Report, spec: &k8s::ServiceSpec, families: &[Family
     read.into_boxed_slice()
 }
 
-fn load_balancers(report: &mut Report, service: &k8s::Service, families: &[Family]) -> Box<[LoadBalancer]> {
-    let status = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+fn load_balancers(report: &mut Report, service: &api::Service, families: &[Family]) -> Box<[LoadBalancer]> {
+    let status = report.read("status", &service.status);
+    let status = status.and_then(|status| report.read("status.loadBalancer", &status.load_balancer));
     let mut read = Vec::new();
     let mut seen = BTreeSet::new();
-    for (at, ingress) in status.iter().flat_map(|status| &status.ingress).flatten().enumerate() {
-        let Some(text) = ingress.ip.as_deref().filter(|text| !text.is_empty()) else { continue };
+    let written = status.map(|status| report.entries("status.loadBalancer.ingress", &status.ingress));
+    for (at, ingress) in written.into_iter().flatten() {
         let field = format!("status.loadBalancer.ingress[{at}].ip");
+        let Some(text) = report.text(&field, &ingress.ip).filter(|text| !text.is_empty()) else { continue };
         let Some(address) = address(report, &field, text) else { continue };
-        let is_proxy = match ingress.ip_mode.as_deref() {
+        let ip_mode = report.text(format_args!("status.loadBalancer.ingress[{at}].ipMode"), &ingress.ip_mode);
+        let is_proxy = match ip_mode {
             None | Some("" | "VIP") => false,
             Some("Proxy") => true,
             Some(other) => {
@@ -202,31 +227,47 @@ fn has_family(report: &mut Report, field: &str, address: &Address, families: &[F
     false
 }
 
-fn ports(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[ServicePort]> {
+fn ports(report: &mut Report, spec: &api::ServiceSpec) -> Box<[ServicePort]> {
     let mut seen = BTreeSet::new();
     let mut read = Vec::new();
-    for (at, written) in spec.ports.iter().flatten().enumerate() {
-        let Some(number) = port(report, format_args!("spec.ports[{at}].port"), written.port) else {
+    for (at, written) in report.entries("spec.ports", &spec.ports) {
+        let number = match &written.port {
+            Field::Absent => Some(0),
+            number => {
+                let field = format_args!("spec.ports[{at}].port");
+                report.read_or(field, number, "the port is skipped").copied()
+            }
+        };
+        let Some(number) = number else { continue };
+        let Some(number) = port(report, format_args!("spec.ports[{at}].port"), number) else {
             continue;
         };
         let field = format!("spec.ports[{at}].protocol");
-        let Some(protocol) = protocol(report, field, written.protocol.as_deref()) else { continue };
-        let name = written.name.as_deref().unwrap_or_default();
+        let Some(protocol) = protocol(report, field, &written.protocol) else { continue };
+        let field = format_args!("spec.ports[{at}].name");
+        let Some(name) = text_or_skip(report, field, &written.name) else { continue };
+        let name = name.unwrap_or_default();
         // Slices are matched by name and protocol: two such ports could not be told apart.
         if !seen.insert((name, protocol)) {
             let message = format!("a port before it is called {} too; this one is skipped", quoted(name));
             report.add(ProblemKind::Duplicate, format!("spec.ports[{at}].name"), message);
             continue;
         }
-        let node_port = written.node_port.filter(|number| *number != 0);
-        let node_port = node_port.and_then(|n| port(report, format_args!("spec.ports[{at}].nodePort"), n));
+        let field = format_args!("spec.ports[{at}].nodePort");
+        let node_port = optional_port(report, field, &written.node_port);
         read.push(ServicePort { name: name.into(), protocol, port: number, node_port });
     }
     read.into_boxed_slice()
 }
 
-fn policy(report: &mut Report, field: &str, written: Option<&str>) -> TrafficPolicy {
-    match written {
+/// A port, where there is one: 0 is none.
+fn optional_port(report: &mut Report, field: impl Display, written: &Field<i64>) -> Option<u16> {
+    let number = report.read(&field, written).copied().filter(|number| *number != 0)?;
+    port(report, field, number)
+}
+
+fn policy(report: &mut Report, field: &str, written: &Field<Text>) -> TrafficPolicy {
+    match report.text(field, written) {
         None | Some("" | "Cluster") => TrafficPolicy::Cluster,
         Some("Local") => TrafficPolicy::Local,
         Some(other) => {
@@ -237,8 +278,11 @@ fn policy(report: &mut Report, field: &str, written: Option<&str>) -> TrafficPol
     }
 }
 
-fn affinity_timeout(report: &mut Report, spec: &k8s::ServiceSpec) -> u32 {
-    match spec.session_affinity.as_deref() {
+fn affinity_timeout(report: &mut Report, spec: &api::ServiceSpec) -> u32 {
+    const CONFIG: &str = "spec.sessionAffinityConfig";
+    const CLIENT_IP: &str = "spec.sessionAffinityConfig.clientIP";
+    const TIMEOUT: &str = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+    match report.text("spec.sessionAffinity", &spec.session_affinity) {
         None | Some("" | "None") => return 0,
         Some("ClientIP") => {}
         Some(other) => {
@@ -247,24 +291,27 @@ fn affinity_timeout(report: &mut Report, spec: &k8s::ServiceSpec) -> u32 {
             return 0;
         }
     }
-    let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-    match config.and_then(|config| config.timeout_seconds) {
+    let config = report.read(CONFIG, &spec.session_affinity_config);
+    let config = config.and_then(|config| report.read(CLIENT_IP, &config.client_ip));
+    let seconds = config.and_then(|config| report.read(TIMEOUT, &config.timeout_seconds));
+    match seconds.map(|seconds| u32::try_from(*seconds).map_err(|_| *seconds)) {
         None => DEFAULT_AFFINITY_TIMEOUT,
-        Some(seconds @ 1..=MAX_AFFINITY_TIMEOUT) => seconds.unsigned_abs(),
+        Some(Ok(seconds @ 1..=MAX_AFFINITY_TIMEOUT)) => seconds,
         Some(other) => {
+            let other = other.map_or_else(|number| number, i64::from);
             let message = format!(
                 "{other} is not within 1 and {MAX_AFFINITY_TIMEOUT} seconds; {DEFAULT_AFFINITY_TIMEOUT} is used"
             );
-            let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
-            report.add(ProblemKind::Value, field, message);
+            report.add(ProblemKind::Value, TIMEOUT, message);
             DEFAULT_AFFINITY_TIMEOUT
         }
     }
 }
 
-fn source_ranges(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[Cidr]> {
+fn source_ranges(report: &mut Report, spec: &api::ServiceSpec) -> Box<[Cidr]> {
+    const FIELD: &str = "spec.loadBalancerSourceRanges";
     let mut ranges = Vec::new();
-    for (at, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+    for (at, text) in report.entries(FIELD, &spec.load_balancer_source_ranges) {
         match cidr(text.trim()) {
             Some(range) => ranges.push(range),
             None => {
@@ -272,8 +319,7 @@ fn source_ranges(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[Cidr]> {
                     "{} is no CIDR; it is skipped, and with no other range of a family everyone may come in",
                     quoted(text)
                 );
-                let field = format!("spec.loadBalancerSourceRanges[{at}]");
-                report.add(ProblemKind::Address, field, message);
+                report.add(ProblemKind::Address, format!("{FIELD}[{at}]"), message);
             }
         }
     }
@@ -284,14 +330,14 @@ fn source_ranges(report: &mut Report, spec: &k8s::ServiceSpec) -> Box<[Cidr]> {
 
 fn pass_through(
     report: &mut Report,
-    service: &k8s::Service,
+    metadata: &api::Metadata,
     extra_annotations: &[String],
 ) -> Box<[(PassThroughRule, PassThroughValue)]> {
-    let Some(annotations) = &service.metadata.annotations else {
+    let Some(annotations) = report.read("metadata.annotations", &metadata.annotations) else {
         return Box::default();
     };
     let mut said = Vec::new();
-    match annotations.get(OWN_ANNOTATION).map(String::as_str) {
+    match annotation(report, annotations, OWN_ANNOTATION) {
         None => {}
         Some("true") => said.push((PassThroughRule::OwnAnnotation, PassThroughValue::On)),
         Some("false") => said.push((PassThroughRule::OwnAnnotation, PassThroughValue::Off)),
@@ -307,12 +353,8 @@ fn pass_through(
     said.into_boxed_slice()
 }
 
-fn cloud_value(
-    report: &mut Report,
-    annotations: &BTreeMap<String, String>,
-    key: &str,
-) -> Option<PassThroughValue> {
-    match annotations.get(key)?.as_str() {
+fn cloud_value(report: &mut Report, annotations: &api::Strings, key: &str) -> Option<PassThroughValue> {
+    match annotation(report, annotations, key)? {
         "true" => Some(PassThroughValue::On),
         "onlyLocal" => Some(PassThroughValue::OnlyLocal),
         "" | "false" => None,
@@ -321,6 +363,11 @@ fn cloud_value(
             None
         }
     }
+}
+
+fn annotation<'a>(report: &mut Report, annotations: &'a api::Strings, key: &str) -> Option<&'a str> {
+    let field = format_args!("metadata.annotations[{key}]");
+    report.read_or(field, annotations.get(key)?, "the annotation does not decide").map(|text| &**text)
 }
 
 fn unknown_value(report: &mut Report, key: &str, value: &str, known: &str) {

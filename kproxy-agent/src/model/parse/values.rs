@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use kproxy_common::{Address, Cidr, Protocol};
 
 use super::Report;
+use crate::api::{Field, Text};
 use crate::model::problem::ProblemKind;
 
 /// How much of a value from outside a message repeats.
@@ -50,7 +51,7 @@ pub(super) fn address(report: &mut Report, field: impl Display, text: &str) -> O
 }
 
 /// A port, 1 to 65535.
-pub(super) fn port(report: &mut Report, field: impl Display, number: i32) -> Option<u16> {
+pub(super) fn port(report: &mut Report, field: impl Display, number: i64) -> Option<u16> {
     match u16::try_from(number) {
         Ok(port @ 1..) => Some(port),
         _ => {
@@ -61,9 +62,22 @@ pub(super) fn port(report: &mut Report, field: impl Display, number: i32) -> Opt
     }
 }
 
+/// A name that decides what belongs together: none (`Some(None)`), or text. `None` where it is something else,
+/// which costs the port that it is of.
+pub(super) fn text_or_skip<'a>(
+    report: &mut Report,
+    field: impl Display,
+    written: &'a Field<Text>,
+) -> Option<Option<&'a str>> {
+    match written {
+        Field::Absent => Some(None),
+        written => report.read_or(field, written, "the port is skipped").map(|text| Some(&**text)),
+    }
+}
+
 /// A protocol; TCP where none is written.
-pub(super) fn protocol(report: &mut Report, field: impl Display, text: Option<&str>) -> Option<Protocol> {
-    match text {
+pub(super) fn protocol(report: &mut Report, field: impl Display, written: &Field<Text>) -> Option<Protocol> {
+    match text_or_skip(report, &field, written)? {
         None | Some("" | "TCP") => Some(Protocol::Tcp),
         Some("UDP") => Some(Protocol::Udp),
         Some("SCTP") => Some(Protocol::Sctp),

@@ -34,7 +34,7 @@ struct Shared {
 pub(super) struct ApiState {
     version: u64,
     /// By resource (`services`), namespace and name.
-    objects: BTreeMap<(String, String, String), Value>,
+    objects: BTreeMap<(String, String, String), Stored>,
     history: Vec<HistoryEvent>,
     /// Watches from a version before this one get 410.
     oldest: u64,
@@ -44,17 +44,25 @@ pub(super) struct ApiState {
     pub(super) refuse: BTreeMap<String, u16>,
     /// Streaming lists are answered with 422, as where the feature is off.
     pub(super) no_streaming: bool,
+    /// Watches bring no bookmarks, but the one that ends a streaming list.
+    pub(super) no_bookmarks: bool,
     /// So many lists of a resource come back empty.
     pub(super) short_lists: BTreeMap<String, u32>,
     /// The requests that came: path and query.
     pub(super) requests: Vec<String>,
 }
 
-struct HistoryEvent {
+/// An object as it is sent: any text.
+#[derive(Clone)]
+struct Stored {
     version: u64,
+    text: String,
+}
+
+struct HistoryEvent {
     resource: String,
     kind: &'static str,
-    object: Value,
+    object: Stored,
 }
 
 impl FakeApi {
@@ -76,12 +84,20 @@ impl FakeApi {
 
     /// Makes or replaces an object. Its version is set.
     pub(super) fn put(&self, resource: &str, object: Value) {
+        let name = object["metadata"]["name"].as_str().expect("objects of the tests have names").to_owned();
+        self.put_text(resource, &name, |version| {
+            let mut object = object;
+            object["metadata"]["resourceVersion"] = json!(version);
+            object.to_string()
+        });
+    }
+
+    /// Makes or replaces an object by what `text` makes of its version.
+    pub(super) fn put_text(&self, resource: &str, name: &str, text: impl FnOnce(String) -> String) {
         let mut state = self.shared.lock();
-        let mut object = object;
         state.version += 1;
-        object["metadata"]["resourceVersion"] = json!(state.version.to_string());
-        let key = key(resource, &object);
-        let old = state.objects.insert(key, object.clone());
+        let object = Stored { version: state.version, text: text(state.version.to_string()) };
+        let old = state.objects.insert(key(resource, name), object.clone());
         let kind = if old.is_some() { "MODIFIED" } else { "ADDED" };
         state.remember(resource, kind, object);
         self.shared.changed.send_replace(());
@@ -90,10 +106,11 @@ impl FakeApi {
     /// Deletes an object.
     pub(super) fn delete(&self, resource: &str, name: &str) {
         let mut state = self.shared.lock();
-        let key = (resource.to_owned(), "default".to_owned(), name.to_owned());
-        if let Some(mut object) = state.objects.remove(&key) {
+        if let Some(mut object) = state.objects.remove(&key(resource, name)) {
             state.version += 1;
-            object["metadata"]["resourceVersion"] = json!(state.version.to_string());
+            let of = |version: u64| format!("\"resourceVersion\":\"{version}\"");
+            object.text = object.text.replace(&of(object.version), &of(state.version));
+            object.version = state.version;
             state.remember(resource, "DELETED", object);
         }
         self.shared.changed.send_replace(());
@@ -117,7 +134,7 @@ impl FakeApi {
     pub(super) fn names(&self, resource: &str) -> BTreeMap<String, String> {
         let state = self.shared.lock();
         let of = state.objects.iter().filter(|((of, ..), _)| of == resource);
-        of.map(|((_, _, name), object)| (name.clone(), version_of(object))).collect()
+        of.map(|((_, _, name), object)| (name.clone(), object.version.to_string())).collect()
     }
 }
 
@@ -134,18 +151,18 @@ impl Shared {
 }
 
 impl ApiState {
-    fn remember(&mut self, resource: &str, kind: &'static str, object: Value) {
-        let event = HistoryEvent { version: self.version, resource: resource.to_owned(), kind, object };
+    fn remember(&mut self, resource: &str, kind: &'static str, object: Stored) {
+        let event = HistoryEvent { resource: resource.to_owned(), kind, object };
         self.history.push(event);
     }
 
-    fn list(&mut self, resource: &str) -> Vec<Value> {
+    fn list(&mut self, resource: &str) -> Vec<String> {
         if let Some(left) = self.short_lists.get_mut(resource).filter(|left| **left > 0) {
             *left -= 1;
             return Vec::new();
         }
         let of = self.objects.iter().filter(|((of, ..), _)| of == resource);
-        of.map(|(_, object)| object.clone()).collect()
+        of.map(|(_, object)| object.text.clone()).collect()
     }
 }
 
@@ -188,12 +205,9 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     let limit: usize = parameter("limit").and_then(|limit| limit.parse().ok()).unwrap_or(usize::MAX);
     let end = begin.saturating_add(limit).min(all.len());
     let token = if end < all.len() { end.to_string() } else { String::new() };
-    let list = json!({
-        "kind": "List", "apiVersion": "v1",
-        "metadata": {"resourceVersion": state.version.to_string(), "continue": token},
-        "items": all[begin.min(end)..end],
-    });
-    list.to_string().into_response()
+    let metadata = json!({"resourceVersion": state.version.to_string(), "continue": token});
+    let items = all[begin.min(end)..end].join(",");
+    format!(r#"{{"kind":"List","apiVersion":"v1","metadata":{metadata},"items":[{items}]}}"#).into_response()
 }
 
 struct WatchState {
@@ -227,12 +241,17 @@ async fn next_chunk((shared, mut changed, mut watch): Watching) -> Option<(Chunk
             let new = state
                 .history
                 .iter()
-                .filter(|event| event.version > watch.sent && event.resource == watch.resource);
-            let lines: String = new.map(|event| event_line(event.kind, &event.object)).collect();
+                .filter(|event| event.object.version > watch.sent && event.resource == watch.resource);
+            let lines: String = new.map(|event| event_line(event.kind, &event.object.text)).collect();
             if watch.sent < state.version {
                 watch.sent = state.version;
-                let lines = lines + &bookmark(state.version, false);
+                let bookmark =
+                    if state.no_bookmarks { String::new() } else { bookmark(state.version, false) };
                 drop(state);
+                let lines = lines + &bookmark;
+                if lines.is_empty() {
+                    continue;
+                }
                 return Some((Ok(lines), (shared, changed, watch)));
             }
         }
@@ -240,14 +259,14 @@ async fn next_chunk((shared, mut changed, mut watch): Watching) -> Option<(Chunk
     }
 }
 
-fn event_line(kind: &str, object: &Value) -> String {
-    json!({"type": kind, "object": object}).to_string() + "\n"
+fn event_line(kind: &str, object: &str) -> String {
+    format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
 }
 
 fn bookmark(version: u64, ends_list: bool) -> String {
     let annotations = if ends_list { json!({"k8s.io/initial-events-end": "true"}) } else { json!({}) };
     let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations});
-    event_line("BOOKMARK", &json!({"kind": "Service", "apiVersion": "v1", "metadata": metadata}))
+    event_line("BOOKMARK", &json!({"kind": "Service", "apiVersion": "v1", "metadata": metadata}).to_string())
 }
 
 fn failure(code: u16, message: &str) -> Response {
@@ -259,11 +278,6 @@ fn status(code: u16, message: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message, "code": code})
 }
 
-fn key(resource: &str, object: &Value) -> (String, String, String) {
-    let name = object["metadata"]["name"].as_str().expect("objects of the tests have names");
+fn key(resource: &str, name: &str) -> (String, String, String) {
     (resource.to_owned(), "default".to_owned(), name.to_owned())
-}
-
-fn version_of(object: &Value) -> String {
-    object["metadata"]["resourceVersion"].as_str().unwrap_or_default().to_owned()
 }

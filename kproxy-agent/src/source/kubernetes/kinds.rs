@@ -1,77 +1,47 @@
 //! The kinds of objects that are watched, and what the API calls them.
 
-use std::fmt::Debug;
-
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
-use serde::de::DeserializeOwned;
-
 use super::trouble::Resource;
-use crate::model::Change;
-use crate::source::object::{Kind, Object};
+use crate::source::object::Kind;
 
 /// A kind of object that is watched.
-pub(super) trait Watched:
-    kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
-{
-    const KIND: Kind;
-    const RESOURCE: Resource;
-    /// Whether kproxy works without it.
-    const OPTIONAL: bool = false;
-    /// What it does then.
-    const WITHOUT: &str = "kproxy goes on without";
-    /// What it means that a list of them is complete, where that is asked.
-    const ALL: Option<Change> = None;
-
-    fn object(self) -> Object;
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) kind: Kind,
+    pub(super) resource: Resource,
+    /// What kproxy does without it, where it works without.
+    pub(super) without: Option<&'static str>,
 }
 
-impl Watched for Service {
-    const KIND: Kind = Kind::Service;
-    const RESOURCE: Resource = Resource { group: "", plural: "services" };
+pub(super) static SERVICES: Watched =
+    Watched { kind: Kind::Service, resource: Resource { group: "", plural: "services" }, without: None };
 
-    fn object(self) -> Object {
-        Object::Service(Box::new(self))
-    }
-}
+pub(super) static ENDPOINT_SLICES: Watched = Watched {
+    kind: Kind::EndpointSlice,
+    resource: Resource { group: "discovery.k8s.io", plural: "endpointslices" },
+    without: None,
+};
 
-impl Watched for EndpointSlice {
-    const KIND: Kind = Kind::EndpointSlice;
-    const RESOURCE: Resource = Resource { group: "discovery.k8s.io", plural: "endpointslices" };
+pub(super) static NODES: Watched =
+    Watched { kind: Kind::Node, resource: Resource { group: "", plural: "nodes" }, without: None };
 
-    fn object(self) -> Object {
-        Object::EndpointSlice(Box::new(self))
-    }
-}
+pub(super) static SERVICE_CIDRS: Watched = Watched {
+    kind: Kind::ServiceCidr,
+    resource: Resource { group: "networking.k8s.io", plural: "servicecidrs" },
+    without: Some("kproxy goes on without"),
+};
 
-impl Watched for Node {
-    const KIND: Kind = Kind::Node;
-    const RESOURCE: Resource = Resource { group: "", plural: "nodes" };
+pub(super) static PODS: Watched = Watched {
+    kind: Kind::Pod,
+    resource: Resource { group: "", plural: "pods" },
+    without: Some("kproxy goes on without: no annotation kproxy.io/socket-hooks of a Pod is read"),
+};
 
-    fn object(self) -> Object {
-        Object::Node(Box::new(self))
-    }
-}
-
-impl Watched for ServiceCIDR {
-    const KIND: Kind = Kind::ServiceCidr;
-    const RESOURCE: Resource = Resource { group: "networking.k8s.io", plural: "servicecidrs" };
-    const OPTIONAL: bool = true;
-
-    fn object(self) -> Object {
-        Object::ServiceCidr(Box::new(self))
-    }
-}
-
-impl Watched for Pod {
-    const KIND: Kind = Kind::Pod;
-    const RESOURCE: Resource = Resource { group: "", plural: "pods" };
-    const OPTIONAL: bool = true;
-    const WITHOUT: &str = "kproxy goes on without: no annotation kproxy.io/socket-hooks of a Pod is read";
-    const ALL: Option<Change> = Some(Change::AllPods);
-
-    fn object(self) -> Object {
-        Object::Pod(Box::new(self))
+impl Resource {
+    /// The path below which the API has it. All that are watched are of version 1.
+    pub(super) fn path(self) -> String {
+        match self.group {
+            "" => format!("/api/v1/{}", self.plural),
+            group => format!("/apis/{group}/v1/{}", self.plural),
+        }
     }
 }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use super::backoff::Backoff;
 use super::fake_api::FakeApi;
 use super::*;
+use crate::model::{Model, NodeConfig};
 use crate::source::PresentProblems;
 
 /// As by default, but in a hurry.
@@ -14,37 +15,49 @@ fn quick() -> Timing {
         answer: ms(2_000),
         confirm: ms(20),
         short_lived: ms(10),
+        settled: ms(20),
         optional: ms(200),
         ..Timing::default()
     }
 }
 
-fn service(name: &str) -> Value {
+pub(super) fn service(name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}})
 }
 
-fn node(name: &str) -> Value {
+pub(super) fn node(name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
 }
 
 /// A source and what came out of it.
-struct Client {
+pub(super) struct Client {
     source: Source,
+    pub(super) model: Model,
+    /// Problems of model and source, in the order in which they were told.
+    pub(super) announced: Vec<String>,
+    pub(super) watches: BTreeMap<&'static str, Option<std::time::Instant>>,
     /// By kind and name, with the version.
     objects: BTreeMap<(Kind, String), String>,
-    problems: PresentProblems,
+    pub(super) problems: PresentProblems,
     changes: usize,
     flushes: usize,
-    synced: bool,
+    pub(super) synced: bool,
     all_pods: bool,
 }
 
 impl Client {
-    async fn of(urls: &[String]) -> Self {
+    pub(super) async fn of(urls: &[String]) -> Self {
         let urls: Vec<_> = urls.iter().map(String::as_str).collect();
         let servers = servers::testing::servers("http://127.0.0.1:1", &urls).await;
         Client {
             source: start(Arc::new(servers), "node-a".to_owned(), quick()),
+            model: Model::new(NodeConfig {
+                node_name: "node-a".to_owned(),
+                has_netns_cookies: true,
+                ..NodeConfig::default()
+            }),
+            announced: Vec::new(),
+            watches: BTreeMap::new(),
             objects: BTreeMap::new(),
             problems: PresentProblems::default(),
             changes: 0,
@@ -57,9 +70,20 @@ impl Client {
     fn take(&mut self, event: Event) {
         match event {
             Event::Synced => self.synced = true,
-            Event::Flush => self.flushes += 1,
-            Event::Problem(problem) => self.problems.note(problem),
+            Event::Flush => {
+                self.flushes += 1;
+                let update = self.model.recompute();
+                self.announced.extend(update.new_problems.iter().map(ToString::to_string));
+            }
+            Event::Problem(problem) => {
+                if !problem.resolved {
+                    self.announced.push(format!("{}: {}", problem.place, problem.what));
+                }
+                self.problems.note(problem);
+            }
+            Event::Watch(WatchState { plural, lost }) => drop(self.watches.insert(plural, lost)),
             Event::Change(change) => {
+                self.model.apply(change.clone());
                 if matches!(change, Change::AllPods) {
                     self.all_pods = true;
                     return;
@@ -83,7 +107,8 @@ impl Client {
                 };
                 match metadata {
                     Some(metadata) => {
-                        self.objects.insert(key, metadata.resource_version.unwrap_or_default());
+                        let version = metadata.get().and_then(|metadata| metadata.resource_version.text());
+                        self.objects.insert(key, version.unwrap_or_default().to_owned());
                     }
                     None => assert!(self.objects.remove(&key).is_some(), "{key:?} was never there"),
                 }
@@ -91,7 +116,7 @@ impl Client {
         }
     }
 
-    async fn until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
+    pub(super) async fn until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !holds(self) {
             match tokio::time::timeout_at(deadline, self.source.next()).await {
@@ -103,14 +128,14 @@ impl Client {
     }
 
     /// Takes what comes within the time.
-    async fn wait(&mut self, millis: u64) {
+    pub(super) async fn wait(&mut self, millis: u64) {
         let deadline = Instant::now() + Duration::from_millis(millis);
         while let Ok(Some(event)) = tokio::time::timeout_at(deadline, self.source.next()).await {
             self.take(event);
         }
     }
 
-    fn of_kind(&self, kind: Kind) -> BTreeMap<String, String> {
+    pub(super) fn of_kind(&self, kind: Kind) -> BTreeMap<String, String> {
         let of = self.objects.iter().filter(|((of, _), _)| *of == kind);
         of.map(|((_, name), version)| (name.clone(), version.clone())).collect()
     }
@@ -120,7 +145,7 @@ impl Client {
     }
 }
 
-fn url(api: &FakeApi) -> String {
+pub(super) fn url(api: &FakeApi) -> String {
     format!("http://{}", api.address)
 }
 
@@ -167,6 +192,36 @@ async fn all_kinds_are_listed_and_watched_with_their_selectors() {
         assert!(has("/api/v1/nodes?", &[list, "fieldSelector=metadata.name%3Dnode-a"]), "{requests:?}");
         assert!(has("/apis/networking.k8s.io/v1/servicecidrs?", &[list]), "{requests:?}");
         assert!(has("/api/v1/pods?", &[list, "fieldSelector=spec.nodeName%3Dnode-a"]), "{requests:?}");
+    }
+}
+
+/// As Kubernetes' conformance test writes it: a Service whose status has a condition without a time.
+#[tokio::test]
+async fn a_null_in_the_status_of_one_service_stops_nobody() {
+    for (no_streaming, is_there_at_start) in [(false, false), (false, true), (true, false), (true, true)] {
+        let api = FakeApi::start().await;
+        api.state().no_streaming = no_streaming;
+        api.put("nodes", node("node-a"));
+        api.put("services", service("a"));
+        let odd = || {
+            let mut odd = service("odd");
+            odd["status"]["conditions"] = json!([{
+                "type": "StatusUpdate", "status": "True", "reason": "E2E", "message": "Set from e2e test",
+                "lastTransitionTime": null,
+            }]);
+            odd
+        };
+        if is_there_at_start {
+            api.put("services", odd());
+        }
+        let mut client = Client::of(&[url(&api)]).await;
+        client.until("the first lists", |client| client.synced).await;
+        if !is_there_at_start {
+            api.put("services", odd());
+        }
+        api.put("services", service("b"));
+        client.until("all Services", |client| client.of_kind(Kind::Service) == api.names("services")).await;
+        assert_eq!(client.kinds(), []);
     }
 }
 
@@ -321,7 +376,7 @@ fn the_own_node_is_waited_for_but_not_for_ever() {
         |event: &Event| matches!(event, Event::Problem(problem) if problem.kind == ProblemKind::NodeMissing);
     assert!(matches!(&outgoing[..], [problem, Event::Synced] if missing(problem)), "{outgoing:?}");
 
-    merged.take(Report::Changes(vec![Change::Node(Some(Box::default()))]), &mut outgoing);
+    merged.take(Report::Change(Change::Node(Some(Box::default()))), &mut outgoing);
     let resolved = |event: &Event| matches!(event, Event::Problem(problem) if problem.resolved);
     assert!(outgoing.iter().any(resolved), "{outgoing:?}");
 

@@ -79,6 +79,11 @@ impl WatchError {
         self.status().is_some_and(|status| status.code == 403)
     }
 
+    /// Whether going on from another version may help: the server answered, and it is not about who we are.
+    pub(super) fn may_be_version(&self) -> bool {
+        self.status().is_some_and(|status| !matches!(status.code, 401 | 403 | 429))
+    }
+
     /// The problem, in words. `url` is the server's.
     pub(super) fn problem(&self, resource: Resource, url: &str, origin: Origin) -> SourceProblem {
         let plural = resource.plural;

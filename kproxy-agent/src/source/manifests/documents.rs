@@ -2,11 +2,13 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::plain;
-use crate::source::object::{Kind, Object, ObjectKey};
+use crate::api::{Field, Text};
+use crate::source::object::{Kind, Object, ObjectKey, Read, Unreadable};
 use crate::source::problem::ProblemKind;
 
 /// How deep `kind: List` may hold lists.
@@ -55,7 +57,7 @@ pub(super) struct Parsed {
 #[derive(PartialEq, Debug)]
 pub(super) struct Item {
     pub(super) key: ObjectKey,
-    /// Equal for equal content. Only numbers of the same key are compared.
+    /// Equal where what is read of it is equal. Only numbers of the same key are compared.
     pub(super) hash: u64,
     pub(super) object: Object,
 }
@@ -153,27 +155,19 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
     // which is faster than by way of a tree, takes less memory, and lets errors name the line.
     match top_level_type(document.text) {
         Some((api_version, kind)) if !kind.ends_with("List") => match Kind::from_type(api_version, kind) {
-            Some(kind) => {
-                let object = match kind {
-                    Kind::Service => yaml(document).map(Object::Service),
-                    Kind::EndpointSlice => yaml(document).map(Object::EndpointSlice),
-                    Kind::Node => yaml(document).map(Object::Node),
-                    Kind::ServiceCidr => yaml(document).map(Object::ServiceCidr),
-                    Kind::Pod => yaml(document).map(Object::Pod),
-                };
-                match object {
-                    Ok(object) => {
-                        let place = || format!("the {} on line {}", kind.name(), document.line);
-                        parsed.add(object, document.hash(), node_name, place);
-                    }
-                    Err(flaw) => parsed.flaws.push(flaw),
+            Some(kind) => match Object::read_by(kind, document) {
+                Ok(object) => {
+                    let place = || format!("the {} on line {}", kind.name(), document.line);
+                    parsed.add(object, node_name, place);
                 }
-            }
+                Err(flaw) => parsed.flaws.push(flaw),
+            },
             None => parsed.flaws.push(unknown_kind(api_version, kind)),
         },
-        _ => match yaml::<Value>(document) {
+        _ => match yaml::<serde_json::Value>(document) {
             Ok(value) => {
-                parsed.add_value(value, &format!("line {}: ", document.line), None, LIST_DEPTH, node_name)
+                let place = format!("line {}: ", document.line);
+                parsed.add_json(&value.to_string(), &place, None, LIST_DEPTH, node_name);
             }
             Err(flaw) => parsed.flaws.push(flaw),
         },
@@ -181,12 +175,28 @@ pub(super) fn parse_yaml(document: Document<'_>, node_name: &str) -> Parsed {
     parsed
 }
 
+impl Read for Document<'_> {
+    type Error = Flaw;
+
+    fn read<T: DeserializeOwned>(self) -> Result<T, Flaw> {
+        yaml(self)
+    }
+}
+
+/// What decides how a value of JSON is read.
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Head<'a> {
+    api_version: Field<Text>,
+    kind: Field<Text>,
+    #[serde(borrow)]
+    items: Option<&'a RawValue>,
+}
+
 impl Parsed {
-    fn add(&mut self, mut object: Object, hash: u64, node_name: &str, place: impl Fn() -> String) {
-        object.trim();
+    fn add(&mut self, object: Object, node_name: &str, place: impl Fn() -> String) {
         match object.key() {
-            Some(key) if key.kind == Kind::Node && key.name != node_name => {}
-            Some(key) => self.objects.push(Item { key, hash, object }),
+            Some(key) => self.add_item(key, object, node_name),
             None => self.flaws.push(Flaw {
                 kind: ProblemKind::InvalidObject,
                 what: format!("{} has no metadata.name", place()),
@@ -195,22 +205,32 @@ impl Parsed {
         }
     }
 
-    /// Adds what a tree holds: an object, or a list of them. `inherited` is the type of the items of a typed
-    /// list, which need not repeat it.
-    pub(super) fn add_value(
+    fn add_item(&mut self, key: ObjectKey, object: Object, node_name: &str) {
+        if key.kind == Kind::Node && key.name != node_name {
+            return;
+        }
+        let mut hasher = DefaultHasher::new();
+        object.hash(&mut hasher);
+        self.objects.push(Item { key, hash: hasher.finish(), object });
+    }
+
+    /// Adds what a value of JSON holds: an object, or a list of them. `inherited` is the type of the items of a
+    /// typed list, which need not repeat it.
+    pub(super) fn add_json(
         &mut self,
-        mut value: Value,
+        text: &str,
         place: &str,
         inherited: Option<(&str, &str)>,
         depth: usize,
         node_name: &str,
     ) {
-        if value.is_null() {
+        if text == "null" {
             return;
         }
-        let text = |field| value.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
-        let (api_version, kind) = match (text("apiVersion"), text("kind"), inherited) {
-            (Some(api_version), Some(kind), _) => (api_version.to_owned(), kind.to_owned()),
+        let Head { api_version, kind, items } = serde_json::from_str(text).unwrap_or_default();
+        let text_of = |field: &Field<Text>| field.text().filter(|text| !text.is_empty()).map(str::to_owned);
+        let (api_version, kind) = match (text_of(&api_version), text_of(&kind), inherited) {
+            (Some(api_version), Some(kind), _) => (api_version, kind),
             (None, None, Some((api_version, kind))) => (api_version.to_owned(), kind.to_owned()),
             _ => {
                 self.flaws.push(Flaw {
@@ -222,11 +242,21 @@ impl Parsed {
             }
         };
         if let Some(kind) = Kind::from_type(&api_version, &kind) {
-            return self.add_typed(value, kind, place, node_name);
+            match Object::from_json(kind, text) {
+                Ok((key, object)) => self.add_item(key, object, node_name),
+                Err(Unreadable { key, version: _, why }) => {
+                    let name = key.map_or_else(|| "without a name".to_owned(), |key| key.name);
+                    self.flaws.push(Flaw {
+                        kind: ProblemKind::InvalidObject,
+                        what: format!("{place}the {} {name}: {why}", kind.name()),
+                        mend: "correct it; the object is skipped until then".to_owned(),
+                    });
+                }
+            }
+            return;
         }
-        let (Some(item_kind), Some(Value::Array(items))) =
-            (kind.strip_suffix("List"), value.get_mut("items"))
-        else {
+        let items = items.and_then(|items| serde_json::from_str::<Vec<&RawValue>>(items.get()).ok());
+        let (Some(item_kind), Some(items)) = (kind.strip_suffix("List"), items) else {
             return self.flaws.push(unknown_kind(&api_version, &kind));
         };
         if depth == 0 {
@@ -237,31 +267,9 @@ impl Parsed {
             });
         }
         let inherited = (!item_kind.is_empty()).then_some((api_version.as_str(), item_kind));
-        for (index, item) in std::mem::take(items).into_iter().enumerate() {
-            self.add_value(item, &format!("{place}items[{index}]: "), inherited, depth - 1, node_name);
-        }
-    }
-
-    fn add_typed(&mut self, value: Value, kind: Kind, place: &str, node_name: &str) {
-        let mut hasher = DefaultHasher::new();
-        value.hash(&mut hasher);
-        let name =
-            value.pointer("/metadata/name").and_then(Value::as_str).unwrap_or("without a name").to_owned();
-        let object = match kind {
-            Kind::Service => serde_json::from_value(value).map(Object::Service),
-            Kind::EndpointSlice => serde_json::from_value(value).map(Object::EndpointSlice),
-            Kind::Node => serde_json::from_value(value).map(Object::Node),
-            Kind::ServiceCidr => serde_json::from_value(value).map(Object::ServiceCidr),
-            Kind::Pod => serde_json::from_value(value).map(Object::Pod),
-        };
-        let place = || format!("{place}the {} {name}", kind.name());
-        match object {
-            Ok(object) => self.add(object, hasher.finish(), node_name, place),
-            Err(error) => self.flaws.push(Flaw {
-                kind: ProblemKind::InvalidObject,
-                what: format!("{}: {error}", place()),
-                mend: "correct the field; the object is skipped until then".to_owned(),
-            }),
+        for (index, item) in items.into_iter().enumerate() {
+            let place = format!("{place}items[{index}]: ");
+            self.add_json(item.get(), &place, inherited, depth - 1, node_name);
         }
     }
 }
@@ -278,8 +286,7 @@ fn is_blank(line: &str) -> bool {
 }
 
 /// `apiVersion` and `kind` of a document in block style, without parsing it: keys that begin a line are keys
-/// of the outermost mapping. `None` where it is not as plain as that. If it were read wrongly, the typed parse
-/// would say so: it compares both.
+/// of the outermost mapping. `None` where it is not as plain as that.
 fn top_level_type(text: &str) -> Option<(&str, &str)> {
     let (mut api_version, mut kind) = (None, None);
     let mut indent = None;

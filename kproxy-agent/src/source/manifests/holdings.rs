@@ -111,16 +111,13 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Service;
-
     use super::*;
-    use crate::source::object::Object;
+    use crate::source::object::{Kind, Object};
 
     fn item(name: &str, hash: u64) -> Item {
-        let mut service = Service::default();
-        service.metadata.name = Some(name.to_owned());
-        let object = Object::Service(Box::new(service));
-        Item { key: object.key().expect("it has a name"), hash, object }
+        let text = format!(r#"{{"metadata": {{"name": "{name}"}}}}"#);
+        let (key, object) = Object::from_json(Kind::Service, &text).expect("it has a name");
+        Item { key, hash, object }
     }
 
     #[test]

@@ -58,7 +58,8 @@ impl Received {
                 self.changes += 1;
                 match service {
                     Some(service) => {
-                        let address = service.spec.and_then(|spec| spec.cluster_ip).unwrap_or_default();
+                        let spec = service.spec.get().cloned().unwrap_or_default();
+                        let address = spec.cluster_ip.text().unwrap_or_default().to_owned();
                         self.services.insert(key.name, address);
                     }
                     None => assert!(self.services.remove(&key.name).is_some(), "{key} was never there"),
@@ -69,6 +70,7 @@ impl Received {
             Event::Problem(problem) => self.problems.note(problem),
             Event::Synced => self.synced = true,
             Event::Flush => self.flushes += 1,
+            Event::Watch(watch) => panic!("files are not watched at an API server: {watch:?}"),
         }
     }
 

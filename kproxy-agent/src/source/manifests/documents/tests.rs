@@ -1,5 +1,6 @@
 use super::super::json::parse as parse_json;
 use super::*;
+use crate::api::Found;
 
 const SERVICE: &str =
     "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  clusterIP: 10.96.0.1\n";
@@ -91,7 +92,7 @@ fn the_items_of_a_list_are_documents_of_their_own() {
         let text = format!(
             "apiVersion: v1\nitems:\n{indent}- apiVersion: v1\n{indent}  kind: Service\n{indent}  metadata:\n\
              {indent}    name: a\n# between\n{indent}- kind: Service\n{indent}  apiVersion: v1\n\
-             {indent}  metadata: {{name: b}}\n{indent}  spec:\n{indent}    ports:\n{indent}    - port: x\nkind: List\n\
+             {indent}  metadata: {{name: b}}\n{indent}  spec:\n{indent}    ports:\n{indent}    - port: @x\nkind: List\n\
              metadata:\n  resourceVersion: \"\"\n"
         );
         let begins: Vec<_> = split_yaml(&text).iter().map(|document| document.line).collect();
@@ -130,16 +131,42 @@ fn a_broken_document_is_named_with_its_line_and_the_others_are_read() {
 }
 
 #[test]
-fn a_value_that_does_not_fit_its_field_is_named_with_its_line() {
-    // The API server refuses the same: sigs.k8s.io/yaml makes a boolean of it.
-    let parsed = yaml_file(
-        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  annotations:\n    kubernetes.io/elb.pass-through: true\n",
-    );
-    let (_, what) = flaw(&parsed);
-    assert!(what.starts_with("line 6, column "), "{what}");
-    let parsed =
-        yaml_file("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  ports:\n  - port: http\n");
-    assert!(flaw(&parsed).1.starts_with("line 6, column "), "{:?}", parsed.flaws);
+fn a_value_that_does_not_fit_its_field_costs_the_field() {
+    // As sigs.k8s.io/yaml makes a boolean of it.
+    let text = |value: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  annotations:\n    a: {value}\nspec:\n  \
+             ports:\n  - port: {value}\n  - port: 80\n  unread: {{? [1] : 2, 3: 4, null: *x}}\n"
+        )
+    };
+    for (value, annotation, port) in [
+        ("true", Field::Mistyped(Found::Boolean), Field::Mistyped(Found::Boolean)),
+        ("\"true\"", Field::Is("true".into()), Field::Mistyped(Found::Text)),
+        ("80", Field::Mistyped(Found::Integer), Field::Is(80)),
+        ("'80'", Field::Is("80".into()), Field::Mistyped(Found::Text)),
+        ("http", Field::Is("http".into()), Field::Mistyped(Found::Text)),
+        ("8.5", Field::Mistyped(Found::Number), Field::Mistyped(Found::Number)),
+        ("{a: [b]}", Field::Mistyped(Found::Object), Field::Mistyped(Found::Object)),
+        ("~", Field::Absent, Field::Absent),
+    ] {
+        // Read in the plain way, and by the parser.
+        for text in [
+            text(value).replace("  unread: {? [1] : 2, 3: 4, null: *x}\n", ""),
+            text(value).replace("*x", "5"),
+        ] {
+            let parsed = yaml_file(&text);
+            assert_eq!(parsed.flaws, [], "{text}");
+            let [Item { object: Object::Service(service), .. }] = &parsed.objects[..] else {
+                panic!("{text}")
+            };
+            let metadata = service.metadata.get().expect("metadata");
+            let annotations = metadata.annotations.get().expect("annotations");
+            assert_eq!(annotations.get("a"), Some(&annotation), "{text}");
+            let ports = service.spec.get().and_then(|spec| spec.ports.get()).expect("ports");
+            let numbers: Vec<_> = ports.iter().filter_map(|port| Some(port.get()?.port)).collect();
+            assert_eq!(numbers, [port, Field::Is(80)], "{text}");
+        }
+    }
 }
 
 #[test]
@@ -185,10 +212,41 @@ fn json_may_hold_several_values_and_what_stands_before_an_error_counts() {
     assert_eq!(names(&parsed), ["Service default/a"]);
     let (kind, what) = flaw(&parsed);
     assert!(kind == ProblemKind::Syntax && what.contains("line 2 column"), "{what}");
-    let parsed =
-        parse_json(r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a"},"spec":{"ports":3}}"#, "");
+    let parsed = parse_json(
+        r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a","labels":{"b":1e999}}}"#,
+        "",
+    );
     let (kind, what) = flaw(&parsed);
     assert!(kind == ProblemKind::InvalidObject && what.starts_with("the Service a: "), "{what}");
+}
+
+#[test]
+fn an_item_of_a_list_costs_only_itself() {
+    let deep = "[".repeat(50_000) + &"]".repeat(50_000);
+    let item = |name: &str, more: &str| {
+        format!(r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}"{more}}}}}"#)
+    };
+    let items = [
+        item("a", ""),
+        item("b", r#","labels":{"l":1e999}"#),
+        "null".to_owned(),
+        deep.clone(),
+        item("c", &format!(r#","managedFields":{deep},"annotations":{{"d":{deep}}}"#)),
+        r#"{"apiVersion":7}"#.to_owned(),
+        item("d", ""),
+    ];
+    let parsed =
+        parse_json(&format!(r#"{{"apiVersion":"v1","kind":"List","items":[{}]}}"#, items.join(",")), "");
+    assert_eq!(names(&parsed), ["Service default/a", "Service default/c", "Service default/d"]);
+    let places: Vec<_> =
+        parsed.flaws.iter().map(|flaw| flaw.what.split(':').next().unwrap_or_default()).collect();
+    assert_eq!(places, ["items[1]", "items[3]", "items[5]"], "{:?}", parsed.flaws);
+
+    let cut = format!(r#"{{"apiVersion":"v1","kind":"List","items":[{},{{"#, items[..2].join(","));
+    let parsed = parse_json(&cut, "");
+    assert_eq!(names(&parsed), ["Service default/a"]);
+    let kinds: Vec<_> = parsed.flaws.iter().map(|flaw| flaw.kind).collect();
+    assert_eq!(kinds, [ProblemKind::InvalidObject, ProblemKind::Syntax]);
 }
 
 #[test]
@@ -224,9 +282,10 @@ fn the_same_text_has_the_same_number_and_an_equal_item_of_a_list_too() {
     assert_eq!(first.hash(), second.hash());
     let list = |order: &str| format!(r#"{{"apiVersion":"v1","kind":"List","items":[{order}]}}"#);
     let hashes = |text: &str| parse_json(text, "").objects.iter().map(|item| item.hash).collect::<Vec<_>>();
-    let one = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a","uid":"u"}}"#;
-    let same = r#"{"kind":"Service","metadata":{"uid":"u","name":"a"},"apiVersion":"v1"}"#;
-    let other = r#"{"kind":"Service","metadata":{"uid":"v","name":"a"},"apiVersion":"v1"}"#;
+    let one = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"a","labels":{"l":"u"}}}"#;
+    let same =
+        r#"{"kind":"Service","metadata":{"labels":{"l":"u"},"uid":"not read","name":"a"},"apiVersion":"v1"}"#;
+    let other = r#"{"kind":"Service","metadata":{"labels":{"l":"v"},"name":"a"},"apiVersion":"v1"}"#;
     let [first, second, third] = hashes(&list(&format!("{one},{same},{other}")))[..] else {
         panic!("three items")
     };
