@@ -47,5 +47,5 @@ pub use packet::{
 pub use reason::Reason;
 pub use socket::{
     ConnectedSocket, SOCKET_RECORDS, SocketCall, SocketIdentity, SocketRecord, SocketRecords, SocketVerdict,
-    original_address, socket_connection,
+    answered, is_alive, original_address, socket_connection,
 };

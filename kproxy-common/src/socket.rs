@@ -152,6 +152,38 @@ impl SocketRecords {
         latest
     }
 
+    /// The record that a datagram from this backend answers, as [`for_backend`](Self::for_backend), of those that are not
+    /// over: used within `timeout` before `now` (nanoseconds). What a connected socket sends runs no hook, so that its
+    /// record is never over.
+    #[inline(always)]
+    pub fn for_answer(
+        &mut self,
+        address: &Address,
+        port: u16,
+        now: u64,
+        timeout: u64,
+    ) -> Option<&mut SocketRecord> {
+        let used = self.in_use();
+        let is_connected = self.connected.socket_cookie != 0;
+        let mut latest = SOCKET_RECORDS;
+        let mut i = 0;
+        while i < SOCKET_RECORDS && i < used {
+            let record = &self.records[i];
+            let is_of_connect = is_connected && i == 0;
+            if record.backend_port == port
+                && record.backend_address == *address
+                && (is_of_connect || elapsed(now, record.last_used) <= timeout)
+                && (latest == SOCKET_RECORDS
+                    || record.last_used >= self.records[latest & (SOCKET_RECORDS - 1)].last_used)
+            {
+                latest = i;
+            }
+            i += 1;
+        }
+        // The mask tells the verifier what the loop guarantees.
+        (latest < SOCKET_RECORDS).then(|| &mut self.records[latest & (SOCKET_RECORDS - 1)])
+    }
+
     /// Adds a record: in the place of the same service address, else in a free place, else in that of the
     /// one used longest ago, which is returned.
     #[inline(always)]
@@ -297,7 +329,7 @@ fn is_opted_out<T: Tables>(tables: &T, client: &Client) -> bool {
 #[inline(always)]
 fn continued<T: Tables>(tables: &T, number: u32, record: &mut SocketRecord) -> Option<SocketRecord> {
     let now = tables.now();
-    if elapsed(now, record.last_used) > tables.config()?.udp_timeout {
+    if !is_alive(tables, record.last_used, now) {
         return None;
     }
     let SocketRecord { service, backend_address, backend_port, backend, .. } = record;
@@ -309,7 +341,34 @@ fn continued<T: Tables>(tables: &T, number: u32, record: &mut SocketRecord) -> O
     Some(*record)
 }
 
-/// The service address behind which a backend answers, for recvmsg and getpeername.
+/// How long a UDP flow may idle, in nanoseconds.
+#[inline(always)]
+fn udp_timeout<T: Tables>(tables: &T) -> Option<u64> {
+    Some(tables.config()?.udp_timeout)
+}
+
+/// Whether a UDP flow that was last used then (nanoseconds since boot) is not over `now`.
+#[inline(always)]
+pub fn is_alive<T: Tables>(tables: &T, last_used: u64, now: u64) -> bool {
+    udp_timeout(tables).is_some_and(|timeout| elapsed(now, last_used) <= timeout)
+}
+
+/// The service address behind which a backend has answered, for recvmsg; the answer keeps the flow alive. A datagram
+/// that comes when the flow has idled for longer than conntrack would keep it is the backend's own.
+#[inline(always)]
+pub fn answered<T: Tables>(
+    tables: &T,
+    records: &mut SocketRecords,
+    address: &Address,
+    port: u16,
+) -> Option<(Address, u16)> {
+    let (now, timeout) = (tables.now(), udp_timeout(tables)?);
+    let record = records.for_answer(address, port, now, timeout)?;
+    record.last_used = now;
+    Some((record.service_address, record.service_port))
+}
+
+/// The service address that a socket was connected to, for getpeername. It stands as long as the connection does.
 #[inline(always)]
 pub fn original_address(records: &SocketRecords, address: &Address, port: u16) -> Option<(Address, u16)> {
     let record = records.for_backend(address, port)?;
@@ -362,6 +421,29 @@ mod tests {
         assert_eq!(answered(&records), Some((Address::from_v4_word(2), 53)));
         records.insert(same_backend(1, 30));
         assert_eq!(answered(&records), Some((Address::from_v4_word(1), 53)));
+    }
+
+    #[test]
+    fn an_answer_is_translated_while_the_flow_lives() {
+        const SECOND: u64 = 1_000_000_000;
+        let mut records = SocketRecords::new();
+        let is_answered = |records: &mut SocketRecords, n: u32, now: u64| {
+            let record = records.for_answer(&Address::from_v4_word(n + 1_000), 5_353, now, 30 * SECOND);
+            record.map(|record| record.last_used = now).is_some()
+        };
+        records.insert(record(1, SECOND));
+        assert!(is_answered(&mut records, 1, 31 * SECOND), "at the last moment");
+        assert!(is_answered(&mut records, 1, 61 * SECOND), "kept alive by the answer before");
+        assert!(!is_answered(&mut records, 1, 91 * SECOND + 1));
+        assert!(!is_answered(&mut records, 2, 61 * SECOND), "not asked");
+
+        // What a connected socket sends runs no hook.
+        records.set(record(3, SECOND), SocketIdentity { socket_cookie: 7, netns_cookie: 1 });
+        records.insert(record(4, SECOND));
+        assert!(is_answered(&mut records, 3, 10_000 * SECOND));
+        assert!(!is_answered(&mut records, 4, 10_000 * SECOND));
+        let peer = original_address(&records, &Address::from_v4_word(1_003), 5_353);
+        assert_eq!(peer, Some((Address::from_v4_word(3), 53)), "as getpeername tells");
     }
 
     #[test]

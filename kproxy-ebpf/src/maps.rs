@@ -46,6 +46,8 @@ pub struct OverflowValue {
     pub address: Address,
     pub port: u32,
     pub _pad: u32,
+    /// The last datagram, either way, in nanoseconds since boot.
+    pub last_used: u64,
 }
 
 /// What lies in `entry`: an entry of a flow that is being written.

@@ -9,7 +9,8 @@ use aya_ebpf::{
 };
 use kproxy_common::{
     Address, Client, ClientKind, Connection, FlowTables as _, Protocol, Reason, SocketCall, SocketIdentity,
-    SocketRecord, SocketRecords, SocketVerdict, Tables as _, original_address, socket_connection,
+    SocketRecord, SocketRecords, SocketVerdict, Tables as _, answered, is_alive, original_address,
+    socket_connection,
 };
 
 use crate::{
@@ -51,22 +52,22 @@ pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
-    translate_back(&V4::of(&ctx))
+    recvmsg(&V4::of(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
-    translate_back(&V6::of(&ctx))
+    recvmsg(&V6::of(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
-    translate_back(&V4::of(&ctx))
+    getpeername(&V4::of(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
-    translate_back(&V6::of(&ctx))
+    getpeername(&V6::of(&ctx))
 }
 
 /// The address of a socket call, in the family of the hook.
@@ -277,23 +278,38 @@ fn sendmsg(call: &impl Call) -> i32 {
     }
 }
 
-/// recvmsg and getpeername: the process sees the address that it asked, not the backend's.
+/// The process sees the address that it was connected to, not the backend's.
 #[inline(always)]
-fn translate_back(call: &impl Call) -> i32 {
+fn getpeername(call: &impl Call) -> i32 {
+    if let Some(records) = call.records()
+        && let Some((address, port)) = original_address(records, &call.address(), call.port())
+    {
+        call.set(&address, port);
+    }
+    GO_ON
+}
+
+/// The process sees that the address answers that it asked, not the backend's.
+#[inline(always)]
+fn recvmsg(call: &impl Call) -> i32 {
     let Some(records) = call.records() else {
         return GO_ON;
     };
     let (address, port) = (call.address(), call.port());
-    if let Some((address, port)) = original_address(records, &address, port) {
+    if let Some((address, port)) = answered(&KERNEL, records, &address, port) {
         call.set(&address, port);
         return GO_ON;
     }
     let key = overflow_key(call, &address, port);
-    // SAFETY: copied at once; the value carries the cookie, compared below.
-    let found = unsafe { maps::SOCKET_OVERFLOW.get(&key) }.copied();
-    if let Some(value) = found
-        && value.socket_cookie == key.socket_cookie
-    {
+    let Some(place) = maps::SOCKET_OVERFLOW.get_ptr_mut(&key) else {
+        return GO_ON;
+    };
+    // SAFETY: the pointer is valid for the program's run. Copied at once; the value carries the cookie, compared below.
+    let value = unsafe { *place };
+    let now = KERNEL.now();
+    if value.socket_cookie == key.socket_cookie && is_alive(&KERNEL, value.last_used, now) {
+        // SAFETY: as above; the field is written by one store.
+        unsafe { (*place).last_used = now };
         call.set(&value.address, value.port as u16);
     }
     GO_ON
@@ -330,6 +346,7 @@ fn overflow(call: &impl Call, record: &SocketRecord) {
         address: record.service_address,
         port: u32::from(record.service_port),
         _pad: 0,
+        last_used: record.last_used,
     };
     // Without room an answer of this backend would show the backend's address: the LRU makes room.
     let _ = maps::SOCKET_OVERFLOW.insert(&key, &value, 0);

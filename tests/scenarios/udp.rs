@@ -13,7 +13,8 @@ use crate::cluster::{Client, Cluster, Steps, TARGET, Transport, eventually, fami
 use crate::flows::flows;
 use crate::objects::{Endpoint, Service};
 
-pub const SCENARIOS: &[Scenario] = &[("kproxy::udp_clients_move", moves)];
+pub const SCENARIOS: &[Scenario] =
+    &[("kproxy::udp_clients_move", moves), ("kproxy::udp_answers_count_while_the_flow_lives", answers)];
 
 const NODE_PORT: u16 = 30_053;
 const ANSWER: Duration = Duration::from_secs(2);
@@ -195,4 +196,68 @@ fn packets(cluster: &mut Cluster, service: &Service, family: Family) -> Result<(
     ensure!(tcp.tcp_ask(open, "still there")?.server == "a3", "another server answers");
     let client = Client::at(&outside)?;
     client.reaches(Transport::UdpUnconnected, to, &["a2"])
+}
+
+/// What a backend sends to a socket that is not connected comes from the Service as long as the flow lives, and from the
+/// backend itself when it has idled for longer. A connected socket is answered by the Service for ever.
+fn answers(ctx: &Context) -> Result<()> {
+    let lab = ctx.lab(|lab| lab.node(NodeSpec::new("node-a", 1, &["a1", "a2"])))?;
+    let service = Service::new("dns", 10).udp(53, TARGET).pods(&[lab.pod("a2")?]);
+    let cluster = Cluster::start(lab, &["node-a"], &[], [&service])?;
+    idle_out_after(&cluster, 1_000_000_000)?;
+    let (client, backend) = (cluster.lab.pod("a1")?.worker()?, cluster.lab.pod("a2")?);
+    let mut steps = Steps::new();
+    for family in Family::BOTH {
+        let to = SocketAddr::new(service.cluster_ip(family), 53);
+        let at = SocketAddr::new(backend.ip(family), TARGET);
+        let server = backend.worker()?;
+        let answering = server.udp_socket_at(at)?.id;
+        for is_connected in [false, true] {
+            steps.step(&format!("{family:?}, connected: {is_connected}"), || {
+                let socket = client.udp_socket(family)?.id;
+                if is_connected {
+                    client.udp_connect(socket, to)?;
+                    client.udp_send(socket, "ask")?;
+                } else {
+                    client.udp_send_to(socket, to, "ask")?;
+                }
+                let asker = server.udp_receive(answering, ANSWER)?.from;
+                // Each answer keeps the flow alive.
+                for _ in 0..3 {
+                    std::thread::sleep(Duration::from_millis(600));
+                    server.udp_send_to(answering, asker, "answer")?;
+                    let from = client.udp_receive(socket, ANSWER)?.from;
+                    ensure!(from == to, "answered by {from}, asked was {to}");
+                }
+                std::thread::sleep(Duration::from_millis(1_500));
+                server.udp_send_to(answering, asker, "late")?;
+                let from = client.udp_receive(socket, ANSWER)?.from;
+                let expected = if is_connected { to } else { at };
+                ensure!(from == expected, "after the flow was over, {from} sent, not {expected}");
+                Ok(client.close(socket)?)
+            });
+        }
+    }
+    steps.done()
+}
+
+/// Makes UDP flows of sockets idle out after so many nanoseconds, as the programs read it; two minutes are long.
+fn idle_out_after(cluster: &Cluster, nanoseconds: u64) -> Result<()> {
+    let node = cluster.node("node-a")?;
+    let pin = node.bpf_root().join("config");
+    let key = ["key", "hex", "00", "00", "00", "00"];
+    let lookup = node.command("bpftool")?.args(["-j", "map", "lookup", "pinned"]).arg(&pin).args(key);
+    let element: serde_json::Value = serde_json::from_str(&lookup.run()?.success()?)?;
+    let octets = element["value"].as_array().context("bpftool printed no octets")?;
+    let mut octets: Vec<String> = octets
+        .iter()
+        .map(|octet| octet.as_str().unwrap_or_default().trim_start_matches("0x").to_owned())
+        .collect();
+    // `Config::udp_timeout`, the second word.
+    for (octet, byte) in octets[8..16].iter_mut().zip(nanoseconds.to_ne_bytes()) {
+        *octet = format!("{byte:02x}");
+    }
+    let update = node.command("bpftool")?.args(["map", "update", "pinned"]).arg(&pin).args(key);
+    update.args(["value", "hex"]).args(octets).run()?.success()?;
+    Ok(())
 }
