@@ -240,8 +240,7 @@ pub struct TableArgs {
         value_parser = clap::value_parser!(u32).range(16..=4_194_304)
     )]
     pub max_source_ranges: u32,
-    /// How many flows of the packet path, and clients with session affinity; 0: by the node's memory, one for every
-    /// 256 KiB, rounded down to a power of two, at least 16384, at most 1048576
+    /// How many flows of the packet path; 0: by the node's memory, one for every 256 KiB, rounded down to a power of two, at least 16384, at most 1048576
     #[arg(
         long,
         value_name = "N",
@@ -250,6 +249,17 @@ pub struct TableArgs {
         value_parser = max_flows
     )]
     pub max_flows: u32,
+    /// How many clients with session affinity, counted for each Service port, and twice where a client asks for both of
+    /// its endpoint sets; 0: by the node's memory, one for every 128 KiB, rounded down to a power of two, at least
+    /// 32768, at most 2097152
+    #[arg(
+        long,
+        value_name = "N",
+        env = "KPROXY_MAX_AFFINITY",
+        default_value_t = 0,
+        value_parser = max_flows
+    )]
+    pub max_affinity: u32,
 }
 
 fn max_flows(text: &str) -> Result<u32, String> {

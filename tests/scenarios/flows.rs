@@ -166,15 +166,24 @@ fn other_sizes(ctx: &Context) -> Result<()> {
         }
         affine.push((at(NODE_PORT + 20), worker.ask_tcp(at(NODE_PORT + 20))?.server));
     }
-    for (flows, entries) in [("8192", 16_384), ("1024", 2_048), ("4096", 8_192)] {
+    // The table of clients with affinity has a size of its own.
+    let sizes = [("8192", 16_384, 2_048), ("1024", 2_048, 8_192), ("4096", 8_192, 1_024)];
+    for (flows, entries, clients) in sizes {
         steps.step(&format!("--max-flows {flows}"), || {
-            cluster.start_agents(&["node-a"], &["--max-flows", flows])?;
+            cluster
+                .start_agents(&["node-a"], &["--max-flows", flows, "--max-affinity", &clients.to_string()])?;
             let map = node
                 .command("bpftool")?
                 .args(["-j", "map", "show", "pinned"])
                 .arg(node.bpf_root().join("flow"));
             let map: Value = serde_json::from_str(&map.run()?.success()?)?;
             ensure!(map["max_entries"] == entries, "{map}");
+            let map = node
+                .command("bpftool")?
+                .args(["-j", "map", "show", "pinned"])
+                .arg(node.bpf_root().join("affinity"));
+            let map: Value = serde_json::from_str(&map.run()?.success()?)?;
+            ensure!(map["max_entries"] == clients, "{map}");
             for (id, server) in &open {
                 ensure!(worker.tcp_ask(*id, "still there")?.server == *server, "another server answers");
             }

@@ -79,15 +79,19 @@ pub fn model(
 
 /// How much the maps hold.
 pub fn capacities(tables: &TableArgs) -> Capacities {
-    let TableArgs { max_frontends, max_backends, max_source_ranges, max_flows } = *tables;
+    let TableArgs { max_frontends, max_backends, max_source_ranges, max_flows, max_affinity } = *tables;
+    let by_memory = sizes::memory().map(sizes::automatic);
     Capacities {
         frontends: max_frontends,
         backends: max_backends,
         source_ranges: max_source_ranges,
-        flows: match (max_flows, sizes::memory()) {
-            (0, Some(memory)) => sizes::automatic(memory),
-            (0, None) => Capacities::DEFAULT.flows,
-            (flows, _) => flows,
+        flows: match max_flows {
+            0 => by_memory.unwrap_or(Capacities::DEFAULT.flows),
+            flows => flows,
+        },
+        affinity: match max_affinity {
+            0 => by_memory.map_or(Capacities::DEFAULT.affinity, sizes::affinity),
+            clients => clients,
         },
     }
 }

@@ -3,8 +3,7 @@
 use std::fs;
 
 /// Of the node's memory, a flow's share: 256 KiB. So the tables take a quarter of a percent of it: a flow has two entries
-/// of some 170 octets in the table of established flows (four where its client is masked), room for one in the other, and
-/// for one client with affinity.
+/// of some 170 octets in the table of established flows (four where its client is masked), and room for one in the other.
 const MEMORY_PER_FLOW: u64 = 256 * 1024;
 
 /// As few as on a node of 4 GiB, as many as on one of 256 GiB.
@@ -17,6 +16,13 @@ const MOST: u32 = 1_048_576;
 pub fn automatic(memory: u64) -> u32 {
     let flows = u32::try_from(memory / MEMORY_PER_FLOW).unwrap_or(MOST).clamp(FEWEST, MOST);
     1 << flows.ilog2()
+}
+
+/// How many clients with affinity there is room for where there is room for so many flows by memory: a client has an entry
+/// of some 130 octets for each of a Service port's two endpoint sets, and keeps it for three hours where nothing else is
+/// said, long after its flows.
+pub fn affinity(flows: u32) -> u32 {
+    flows.saturating_mul(2)
 }
 
 /// The node's memory in octets.
@@ -49,6 +55,7 @@ mod tests {
             (4_096 * GIB, 1_048_576),
         ] {
             assert_eq!(automatic(memory), flows, "{} MiB", memory >> 20);
+            assert_eq!(affinity(automatic(memory)), 2 * flows, "{} MiB", memory >> 20);
         }
     }
 

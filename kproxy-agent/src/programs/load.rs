@@ -35,18 +35,24 @@ pub struct Capacities {
     pub backends: u32,
     /// Prefixes of loadBalancerSourceRanges, for each frontend by itself.
     pub source_ranges: u32,
-    /// Flows of the packet path: two entries each once they are established, one while they are opened; also clients
-    /// with session affinity.
+    /// Flows of the packet path: two entries each once they are established, one while they are opened.
     pub flows: u32,
+    /// Clients with session affinity: by Service port, and by which of its two endpoint sets.
+    pub affinity: u32,
 }
 
 impl Capacities {
     /// What an agent takes that is told nothing.
-    pub const DEFAULT: Self =
-        Self { frontends: 32_768, backends: 262_144, source_ranges: 65_536, flows: 65_536 };
+    pub const DEFAULT: Self = Self {
+        frontends: 32_768,
+        backends: 262_144,
+        source_ranges: 65_536,
+        flows: 65_536,
+        affinity: 131_072,
+    };
 
     /// Enough to see whether a kernel accepts maps and programs.
-    pub const SMALL: Self = Self { frontends: 16, backends: 16, source_ranges: 16, flows: 16 };
+    pub const SMALL: Self = Self { frontends: 16, backends: 16, source_ranges: 16, flows: 16, affinity: 16 };
 }
 
 impl Default for Capacities {
@@ -65,7 +71,8 @@ impl Capacities {
             names::BACKEND | names::BACKEND_SLOT => Some(self.backends),
             names::SOURCE_RANGE => Some(self.source_ranges),
             names::FLOW => Some(self.flows.saturating_mul(2)),
-            names::AFFINITY | names::FLOW_TRANSIENT => Some(self.flows),
+            names::FLOW_TRANSIENT => Some(self.flows),
+            names::AFFINITY => Some(self.affinity),
             names::REASON => Some(Reason::ALL.len() as u32),
             _ => None,
         }

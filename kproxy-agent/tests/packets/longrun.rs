@@ -21,7 +21,8 @@ use crate::{
 
 /// Small enough to be filled many times over by what follows. Before Linux 6.16 each CPU takes free elements of an LRU
 /// map by 128, so that smaller ones would measure that.
-const TABLES: Capacities = Capacities { frontends: 64, backends: 256, source_ranges: 16, flows: 4_096 };
+const TABLES: Capacities =
+    Capacities { frontends: 64, backends: 256, source_ranges: 16, flows: 4_096, affinity: 1_024 };
 
 /// How many connections stay open all along: a quarter of the table, at two or four entries each.
 const STANDING: u16 = 256;

@@ -133,7 +133,7 @@ fn stay_on_one_cpu() {
 
 /// Enough for every test that is not about room.
 pub const ROOM: Capacities =
-    Capacities { frontends: 512, backends: 4_096, source_ranges: 4_096, flows: 65_536 };
+    Capacities { frontends: 512, backends: 4_096, source_ranges: 4_096, flows: 65_536, affinity: 4_096 };
 
 impl World {
     fn new(capacities: Capacities) -> Self {
