@@ -3,6 +3,7 @@
 mod images;
 
 use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -56,6 +57,9 @@ pub struct Options {
     /// What serves the Services: a failure with both is not kproxy's
     #[arg(long, value_enum, default_value_t = Proxy::Kproxy)]
     proxy: Proxy,
+    /// Test this kproxy, as of another version, and not a build of the tree
+    #[arg(long, value_name = "FILE", conflicts_with = "proxy")]
+    binary: Option<PathBuf>,
     /// How many nodes, in two zones
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5))]
     nodes: u8,
@@ -76,14 +80,20 @@ pub fn run(paths: &Paths, progress: &Progress, options: Options) -> Result<ExitC
     if !obstacles.is_empty() {
         bail!("a cluster cannot be made here: {}", obstacles.join("; "));
     }
-    setup::ensure(paths, progress, &[Part::Bpf, Part::Lab, Part::Image, Part::Cluster])?;
+    setup::ensure(paths, progress, &[Part::Lab, Part::Image, Part::Cluster])?;
     let programs = kubernetes::ensure_conformance(paths, progress)?;
-    let objects = bpf::build(paths, progress, &setup::tools(paths)?.bpf)?;
-    let binary = build::agent(paths, progress, &objects, Profile::Debug)?;
+    let binary = match &options.binary {
+        Some(binary) => std::path::absolute(binary)?,
+        None => {
+            setup::ensure(paths, progress, &[Part::Bpf])?;
+            let objects = bpf::build(paths, progress, &setup::tools(paths)?.bpf)?;
+            build::agent(paths, progress, &objects, Profile::Debug)?
+        }
+    };
     let images =
         progress.step("images of the cluster", || images::make(paths, progress, &programs, &binary))?;
 
-    let Options { focus, all, skip, keep, proxy, nodes, procs } = options;
+    let Options { focus, all, skip, keep, proxy, binary: other, nodes, procs } = options;
     let focus = match (focus, all) {
         (Some(focus), _) => focus,
         (None, true) => ALL.to_owned(),
@@ -100,7 +110,7 @@ pub fn run(paths: &Paths, progress: &Progress, options: Options) -> Result<ExitC
         "pause": images.pause,
         "manifests": paths.root.join("manifests"),
         "results": paths.target.join("conformance"),
-        "report": (all && proxy == Proxy::Kproxy).then(|| paths.root.join("docs/conformance.md")),
+        "report": (all && proxy == Proxy::Kproxy && other.is_none()).then(|| paths.root.join("docs/conformance.md")),
         "focus": focus,
         "skip": skip,
         "left_out": left_out,
@@ -113,9 +123,7 @@ pub fn run(paths: &Paths, progress: &Progress, options: Options) -> Result<ExitC
     command
         .current_dir(&paths.root)
         .args(["run", "--quiet", "--package", "kproxy-lab", "--bin", "conformance"])
-        .env("KPROXY_CONFORMANCE", settings.to_string())
-        .env("KPROXY_BIN", binary);
-    bpf::set_env(&mut command, &objects);
+        .env("KPROXY_CONFORMANCE", settings.to_string());
     // Not a child: Ctrl-C goes to the run, which takes its cluster down, and the shell waits for it.
     let error = command.exec();
     Err(error).context("cannot start cargo for the conformance tests")

@@ -22,6 +22,17 @@ pub struct LegacyGroup {
     pub path: PathBuf,
 }
 
+/// Removes what dead runs left in the hierarchies of v1: a run that is interrupted has no time for it.
+///
+/// # Errors
+/// When the mounts cannot be read.
+pub fn remove_legacy_leftovers() -> Result<()> {
+    for hierarchy in mounted()? {
+        remove_leftovers(&hierarchy.mount)?;
+    }
+    Ok(())
+}
+
 /// The run's own folder in every hierarchy, locked for as long as the run lives.
 #[derive(Debug)]
 pub struct LegacyCgroups {
@@ -41,11 +52,10 @@ impl LegacyCgroups {
     /// # Errors
     /// When one cannot be made.
     pub fn create(run: &Run) -> Result<Self> {
-        let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+        remove_legacy_leftovers()?;
         let name = run.cgroup().file_name().context("the run's cgroup has no name")?.to_string_lossy();
         let mut groups = Vec::new();
-        for hierarchy in hierarchies(&text) {
-            remove_leftovers(&hierarchy.mount)?;
+        for hierarchy in mounted()? {
             let owned = Owned::create(&hierarchy.mount, &name)?;
             prepare(&hierarchy, &hierarchy.mount, owned.path())?;
             groups.push((hierarchy, owned));
@@ -84,7 +94,12 @@ fn prepare(hierarchy: &Hierarchy, parent: &Path, group: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The mounted hierarchies of v1, by the names of their folders.
+fn mounted() -> Result<Vec<Hierarchy>> {
+    let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    Ok(hierarchies(&text))
+}
+
+/// The hierarchies of v1 in the text of a mountinfo file, by the names of their folders.
 fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     mountinfo
         .lines()

@@ -26,6 +26,7 @@ use crate::wait::wait_for;
 use cgroups::LegacyCgroups;
 use node::FullNode;
 
+pub use cgroups::remove_legacy_leftovers;
 pub use node::enter_command;
 
 /// How long a node may take until it is ready; images are brought in before.

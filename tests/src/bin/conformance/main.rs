@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use kproxy_lab::cluster::{Cluster, ClusterProxy, ClusterSpec, enter_command};
+use kproxy_lab::cluster::{Cluster, ClusterProxy, ClusterSpec, enter_command, remove_legacy_leftovers};
 use kproxy_lab::{Context, Run};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Deserialize;
@@ -46,7 +46,7 @@ struct Settings {
 const SETTINGS: &str = "KPROXY_CONFORMANCE";
 
 fn main() -> ExitCode {
-    kproxy_lab::isolated(|run| {
+    let code = kproxy_lab::isolated(|run| {
         let text = std::env::var(SETTINGS).context("start it by `cargo xtask conformance`")?;
         let settings: Settings =
             serde_json::from_str(&text).with_context(|| format!("{SETTINGS} is strange"))?;
@@ -56,7 +56,12 @@ fn main() -> ExitCode {
             Ok(())
         })?;
         Ok(if all_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-    })
+    });
+    // An interrupted run did not come to it.
+    if let Err(error) = remove_legacy_leftovers() {
+        eprintln!("left behind: {error:#}");
+    }
+    code
 }
 
 /// The whole run; tells whether every spec passed.
