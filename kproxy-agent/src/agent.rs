@@ -19,16 +19,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use kproxy_common::{Address, LAYOUT_VERSION, Owner, map_names};
+use kproxy_common::{Address, Config, LAYOUT_VERSION, Owner, map_names};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 use crate::{
     cli::{AgentArgs, Common},
     devices::{self, BridgeFrames, Devices, Selection},
-    events::Events,
+    events::{EventReason, Events},
     firewall,
     maps::kernel::{KernelMaps, OptedOutMap, owner_text},
     model::{Change, LocalAddresses, Model, NodeConfig, leftover_of},
@@ -36,6 +36,7 @@ use crate::{
     opt_outs::OptOuts,
     programs::{Attached, Programs, has_tcx, namespace_cookie},
     source::{Event, kubernetes, manifests},
+    source_routes::{self, SourceRule},
 };
 use flows::FlowCare;
 use health_checks::HealthChecks;
@@ -101,6 +102,10 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let (sender, mut device_events) = mpsc::channel(4);
     let mut watcher = tokio::spawn(devices::watch(sender));
     let first = device_events.recv().await.context("cannot follow the interfaces")?;
+    let (sender, mut rule_events) = mpsc::channel(4);
+    let (own_rules, wanted_rules) = watch::channel(None);
+    let mut rule_watcher = tokio::spawn(source_routes::follow(sender, wanted_rules));
+    let source_rules = rule_events.recv().await.context("cannot follow the routing rules")?;
     let local = local_addresses(&first);
     let cookie = namespace_cookie().context("cannot tell this network namespace")?.unwrap_or(0);
     let model = Model::new(NodeConfig {
@@ -135,6 +140,9 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         bridge_frames: BridgeFrames::read(),
         listeners: Listeners::default(),
         leftovers: BTreeSet::new(),
+        source_rules,
+        rules_for_backends: Vec::new(),
+        own_rules,
         flows: FlowCare::default(),
         opt_outs,
         some_opted_out,
@@ -169,6 +177,10 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
                 Some(devices) => agent.on_devices(devices)?,
                 None => return (&mut watcher).await.context("the interfaces are no longer followed")?,
             },
+            rules = rule_events.recv() => match rules {
+                Some(rules) => agent.on_source_rules(rules)?,
+                None => return (&mut rule_watcher).await.context("the routing rules are no longer followed")?,
+            },
             () = wait_until(timer) => agent.sync()?,
             _ = look_again.tick() => agent.look_at_bridges(),
             () = wait_until_instant(agent.listeners.next_look()) => agent.look_at_listeners()?,
@@ -201,6 +213,11 @@ struct Agent<'a> {
     bridge_frames: BridgeFrames,
     listeners: Listeners,
     leftovers: BTreeSet<String>,
+    /// All rules of this node that route by source, and those that route what backends here send.
+    source_rules: Vec<SourceRule>,
+    rules_for_backends: Vec<SourceRule>,
+    /// Before which of them the agent's own rule is to stand.
+    own_rules: watch::Sender<Option<source_routes::Before>>,
     flows: FlowCare,
     opt_outs: OptOuts,
     /// Whether the programs are to ask which pods are opted out.
@@ -291,13 +308,14 @@ impl Agent<'_> {
             tracing::info!(object = %problem.object, field = problem.field, "resolved: {}", problem.message);
         }
         self.events.problems(&update.new_problems, &update.gone_problems);
+        let are_routes_new = self.look_at_source_rules();
         let some_opted_out = self.some_opted_out;
         if let Some(opt_outs) = &update.opt_outs {
             // Before all Pods are known, what an earlier agent wrote stands.
             self.some_opted_out = !opt_outs.pods.is_empty() || !opt_outs.is_complete && some_opted_out;
             self.opt_outs.want(opt_outs.clone());
         }
-        if update.node.is_some() || self.some_opted_out != some_opted_out {
+        if update.node.is_some() || self.some_opted_out != some_opted_out || are_routes_new {
             self.write_config()?;
         }
         let looked_at = update.services.len();
@@ -382,7 +400,8 @@ impl Agent<'_> {
         let service_cidrs = self.model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
         let (node, rules) = (&self.args.node, &self.args.rules);
         let config = config::programs(node, rules, self.cookie, seed, self.some_opted_out, service_cidrs)?;
-        Ok(self.syncer.maps().write_config(&config)?)
+        let routes_by_source = u16::from(!self.rules_for_backends.is_empty());
+        Ok(self.syncer.maps().write_config(&Config { routes_by_source, ..config })?)
     }
 
     fn attach(&mut self) -> Result<()> {
@@ -463,6 +482,43 @@ impl Agent<'_> {
             }
             None => Ok(()),
         }
+    }
+
+    fn on_source_rules(&mut self, rules: Vec<SourceRule>) -> Result<()> {
+        self.source_rules = rules;
+        if self.is_synced && self.look_at_source_rules() {
+            self.write_config()?;
+        }
+        Ok(())
+    }
+
+    /// Whether other rules than before route what backends on this node send by its source.
+    fn look_at_source_rules(&mut self) -> bool {
+        let found = if self.source_rules.is_empty() {
+            Vec::new()
+        } else {
+            let own = self.model.config().node_name.as_str();
+            let here =
+                self.model.endpoint_nodes().filter(|(_, node)| *node == own).map(|(address, _)| address);
+            // What the node itself sends is translated by no interface that it comes in by.
+            let pods = here.filter(|address| !self.model.local_addresses().contains(address)).collect();
+            source_routes::for_backends(&self.source_rules, &pods)
+        };
+        let is_new = found != self.rules_for_backends || self.own_rules.borrow().is_none();
+        if is_new {
+            self.own_rules.send_replace(Some(source_routes::before(&found)));
+            let text = (!found.is_empty()).then(|| {
+                format!("{}; they are marked and sent by the main table", source_routes::text(&found))
+            });
+            if text.is_none() && !self.rules_for_backends.is_empty() {
+                tracing::info!(
+                    "resolved: no rule routes what backends on this node send by its source any more"
+                );
+            }
+            surroundings::tell(&self.events, EventReason::RoutedBySource, text);
+            self.rules_for_backends = found;
+        }
+        is_new
     }
 
     /// Interfaces of other proxies that came or went.

@@ -91,6 +91,8 @@ reasons! {
     FailedToStartServiceHealthcheck = "FailedToStartServiceHealthcheck", "Listen", Node;
     /// A forward chain drops what no rule accepts.
     ForwardPolicyDrop = "ForwardPolicyDrop", "StartKproxy", Node;
+    /// Rules of the node route what backends on it send by its source.
+    RoutedBySource = "RoutedBySource", "StartKproxy", Node;
     /// Rules of a kube-proxy are on the node.
     KubeProxyLeftovers = "KubeProxyLeftovers", "StartKproxy", Node;
     /// The interface is there that IPVS mode of kube-proxy puts addresses of Services on, or kube-router.

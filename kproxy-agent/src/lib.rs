@@ -23,4 +23,5 @@ pub mod programs;
 pub mod servers;
 pub mod sockets;
 pub mod source;
+pub mod source_routes;
 pub mod wanted;

@@ -21,7 +21,7 @@ pub fn is_masked<T: Tables>(
         || is_hairpin
         || side.has(Options::MASQUERADE)
         || side.has(Options::MASQUERADE_REMOTE) && !backend.is_local()
-        || side.has(Options::MASQUERADE_OFF_CLUSTER) && !in_cluster_cidr(tables, source)
+        || side.has(Options::MASQUERADE_OFF_CLUSTER) && !tables.is_in_cluster(source)
 }
 
 /// Whether `--cluster-cidr` has this address within.

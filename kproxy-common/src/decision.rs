@@ -37,6 +37,13 @@ pub trait Tables {
     fn remember(&self, key: &AffinityKey, value: &AffinityValue);
     /// Nanoseconds since boot.
     fn now(&self) -> u64;
+    /// [`in_cluster_cidr`](crate::in_cluster_cidr) over these tables; a function of its own in the programs, too.
+    fn is_in_cluster(&self, address: &Address) -> bool
+    where
+        Self: Sized,
+    {
+        crate::in_cluster_cidr(self, address)
+    }
     /// [`search`] over these tables. The programs put it into a function of its own, which the verifier checks
     /// once instead of once for each way that leads there.
     fn locate(&self, wanted: &Wanted) -> Option<u32>

@@ -82,8 +82,12 @@ pub mod map_names {
     pub const OWNER: &str = "owner";
 }
 
+/// The mark of answers that are to leave by the interface that their clients' packets came in by, where the source of a
+/// backend would lead them elsewhere: the agent's rule sends them by the main routing table. A bit, the others stay.
+pub const RETURN_MARK: u32 = 0x1000;
+
 /// The packet programs that others go on in, by their place in `programs`.
-pub const PACKET_PARTS: [&str; 11] = [
+pub const PACKET_PARTS: [&str; 12] = [
     "in_known",
     "in_new",
     "in_open",
@@ -95,6 +99,7 @@ pub const PACKET_PARTS: [&str; 11] = [
     "out_odd",
     "out_icmp",
     "dropped",
+    "in_answer",
 ];
 
 /// The bytes of a map do not form the value that this layout expects there.
@@ -881,7 +886,9 @@ pub struct Config {
     /// Key of the hash that picks backends for packets.
     pub hash_seed: [u32; 2],
     /// 1: NodePorts answer on loopback addresses, for clients on the host.
-    pub loopback_node_ports: u32,
+    pub loopback_node_ports: u16,
+    /// 1: rules of this node route what its backends send by its source, so that their answers are looked at.
+    pub routes_by_source: u16,
     /// 1: TCP sockets remember the service address, so that getpeername() tells it.
     pub remember_peer: u16,
     /// 1: the socket hooks leave pods' processes alone, whose packets are served (`--socket-hooks host`). 0 in the maps
@@ -911,6 +918,7 @@ impl Config {
         udp_timeout: 0,
         hash_seed: [0; 2],
         loopback_node_ports: 0,
+        routes_by_source: 0,
         remember_peer: 0,
         host_sockets_only: 0,
         some_opted_out: 0,

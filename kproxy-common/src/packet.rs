@@ -15,7 +15,7 @@ mod mask;
 pub use egress::{known_egress, new_egress, on_egress, quick_egress};
 pub use fragment::{FRAGMENT_TIMEOUT, FragmentKey, FragmentPorts, Piece, follow_fragment, on_other_protocol};
 pub use icmp::{IcmpKind, IcmpMeta, IcmpVerdict, on_icmp};
-pub use ingress::{known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
+pub use ingress::{answered_frontend, known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
 
 use crate::{
     Action, Address, Balance, Cidr, Client, ClientKind, Connection, Conversation, Ends, Flow, FlowKey,

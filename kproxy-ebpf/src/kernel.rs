@@ -8,7 +8,8 @@ use aya_ebpf::{
 use kproxy_common::{
     Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, ClientKind,
     Config, Conversation, DeviceAddresses, DeviceKey, FlowTables, FragmentKey, FragmentPorts, FrontendKey,
-    Hit, Hook, PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted, search,
+    Hit, Hook, PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted,
+    in_cluster_cidr, search,
 };
 
 use crate::{
@@ -114,6 +115,13 @@ impl Tables for Kernel {
     fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
         // Without room the next connection is balanced anew: nothing else depends on it.
         let _ = maps::AFFINITY.insert(key, value, ANY);
+    }
+
+    #[inline(always)]
+    fn is_in_cluster(&self, address: &Address) -> bool {
+        let [a, b, c, d] = address.words();
+        let (high, low) = (u64::from(a) << 32 | u64::from(b), u64::from(c) << 32 | u64::from(d));
+        in_cluster(high, low) != 0
     }
 
     #[inline(always)]
@@ -374,4 +382,12 @@ extern "C" fn locate_backend(high: u64, low: u64, service_and_port: u64, range: 
         Some(slot) => u64::from(slot),
         None => u64::MAX,
     }
+}
+
+/// Whether `--cluster-cidr` has this address within, as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn in_cluster(high: u64, low: u64) -> u64 {
+    let words = [(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32];
+    in_cluster_cidr(&KERNEL, &Address::from_words(words)).into()
 }

@@ -12,11 +12,12 @@ mod odd;
 mod parse;
 mod refuse;
 mod rewrite;
+mod steer;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use kproxy_common::{
-    Hook, New, PacketVerdict, Quick, Reason, known_egress, known_ingress, new_egress, new_ingress, on_icmp,
-    open_ingress, quick_egress, quick_ingress,
+    Hook, New, PacketVerdict, Quick, Reason, answered_frontend, known_egress, known_ingress, new_egress,
+    new_ingress, on_icmp, open_ingress, quick_egress, quick_ingress,
 };
 
 use self::{
@@ -46,6 +47,7 @@ enum Part {
     OutOdd = 8,
     OutIcmp = 9,
     Drop = 10,
+    InAnswer = 11,
 }
 
 /// Into any device with Ethernet headers.
@@ -79,7 +81,14 @@ pub fn in_known(ctx: TcContext) -> i32 {
         return next(Reason::TableError);
     };
     parsed.meta.has_payload = parse::has_payload(&ctx, parsed);
-    apply(&ctx, parsed, known_ingress(&KERNEL, &parsed.meta))
+    let verdict = known_ingress(&KERNEL, &parsed.meta);
+    if let PacketVerdict::SetDestination { address, .. } = &verdict
+        && steer::routes_by_source()
+    {
+        // A masked client's answer: it would leave by what its mask is behind.
+        steer::back(&ctx, &parsed.meta.source, &parsed.meta.destination, address);
+    }
+    apply(&ctx, parsed, verdict)
 }
 
 /// Of an ingress hook: packets without a flow.
@@ -99,6 +108,18 @@ pub fn in_new(ctx: TcContext) -> i32 {
         }
         New::Verdict(verdict) => leave(&ctx, parsed, verdict),
     }
+}
+
+/// Of an ingress hook, on nodes that route by source: packets without a flow here, which may be answers.
+#[classifier]
+pub fn in_answer(ctx: TcContext) -> i32 {
+    let Some(parsed) = Parsed::get() else {
+        return next(Reason::TableError);
+    };
+    if let Some(frontend) = answered_frontend(&KERNEL, &parsed.meta) {
+        steer::back(&ctx, &parsed.meta.source, &frontend, &parsed.meta.destination);
+    }
+    next(parsed.reason)
 }
 
 /// Of an ingress hook: packets that open a flow.
@@ -185,7 +206,19 @@ fn ingress(ctx: &TcContext, network: u32) -> i32 {
     };
     match parse::quick(ctx, parsed) {
         Ok(()) => match quick_ingress(&KERNEL, &parsed.meta) {
-            Quick::Verdict(verdict) => apply_quickly(ctx, parsed, verdict),
+            Quick::Verdict(verdict) => {
+                if steer::routes_by_source() {
+                    match verdict {
+                        PacketVerdict::Pass { reason } => {
+                            parsed.reason = reason;
+                            return call(ctx, Part::InAnswer);
+                        }
+                        PacketVerdict::SetDestination { .. } => return call(ctx, Part::InKnown),
+                        _ => {}
+                    }
+                }
+                apply_quickly(ctx, parsed, verdict)
+            }
             Quick::Known => call(ctx, Part::InKnown),
             Quick::New => call(ctx, Part::InNew),
         },

@@ -45,6 +45,7 @@ mod shapes;
 mod soak;
 mod sockets;
 mod source_ranges;
+mod source_routes;
 mod stacked;
 mod tagged;
 mod traceroute;
@@ -106,6 +107,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, devices::SCENARIOS),
     (kproxy, local_addresses::SCENARIOS),
     (kproxy, uplinks::SCENARIOS),
+    (kproxy, source_routes::SCENARIOS),
     (kproxy, bridges::SCENARIOS),
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),

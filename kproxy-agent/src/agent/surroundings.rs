@@ -50,7 +50,8 @@ pub fn look(events: &Events, accept_forward: bool) {
     });
 }
 
-fn tell(events: &Events, reason: EventReason, text: Option<String>) {
+/// Says it in the log and as an Event on the Node; `None`: it is so no more.
+pub fn tell(events: &Events, reason: EventReason, text: Option<String>) {
     if let Some(text) = &text {
         tracing::warn!("{text}");
     }

@@ -84,6 +84,7 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         node::kube_proxy(),
         node::leftovers(&common.bpf_root),
         node::forward_policy(),
+        node::routing_by_source(&common.bpf_root),
         node::bridges(),
         node::reserved_ports(),
         node::forwarding(),

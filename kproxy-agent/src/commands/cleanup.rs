@@ -8,6 +8,7 @@ use crate::{
     cli::{CleanupArgs, Common},
     devices, firewall, node,
     programs::{self, remove_clsact},
+    source_routes,
 };
 
 /// Removes filters, links and maps, in this order, so that no program runs without what it needs.
@@ -34,8 +35,11 @@ pub fn run(common: &Common, _args: &CleanupArgs) -> Result<()> {
     Ok(())
 }
 
-/// Those of `--accept-forward`.
+/// Those of `--accept-forward`, counted, and routing rules.
 fn withdraw_rules() -> usize {
+    if let Err(error) = source_routes::withdraw() {
+        eprintln!("kproxy: routing rules of kproxy are left, if there are any: {error:#}");
+    }
     firewall::withdraw().unwrap_or_else(|error| {
         eprintln!("kproxy: rules of --accept-forward are left, if there are any: {error}");
         0

@@ -90,7 +90,7 @@ fn config(model: &Model, Hooks { loopback_node_ports, host_sockets_only }: Hooks
     };
     let service_cidrs = model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
     Config {
-        loopback_node_ports: u32::from(loopback_node_ports),
+        loopback_node_ports: u16::from(loopback_node_ports),
         host_sockets_only: u8::from(host_sockets_only),
         some_opted_out: u8::from(!model.opt_outs().pods.is_empty()),
         service_cidrs: table(service_cidrs),

@@ -404,6 +404,7 @@ fn the_decision_runs_over_planned_tables() {
         udp_timeout: 0,
         hash_seed: [0; 2],
         loopback_node_ports: 0,
+        routes_by_source: 0,
         remember_peer: 0,
         host_sockets_only: 0,
         some_opted_out: 0,

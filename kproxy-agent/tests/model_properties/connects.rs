@@ -35,7 +35,7 @@ proptest! {
     fn no_client_can_name_the_key_of_a_node_port(
         config in generate::config(),
         stages in vec(stage(), 1..3),
-        loopback_node_ports in 0_u32..2,
+        loopback_node_ports in 0_u16..2,
         pick: u32,
     ) {
         let mut history = History::in_memory(&config);

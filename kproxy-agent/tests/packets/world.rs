@@ -166,6 +166,7 @@ impl World {
             udp_timeout: 180_000_000_000,
             hash_seed: [0x0bad_cafe, 0x0011_2233],
             loopback_node_ports: 1,
+            routes_by_source: 0,
             remember_peer: 1,
             host_sockets_only: 0,
             some_opted_out: 0,
@@ -245,6 +246,12 @@ impl World {
         (self.config.mask_ports_first, self.config.mask_ports_count) = (first.into(), count.into());
         let reserved = (first.into(), u32::from(count).min(100));
         (self.config.reserved_ports_first, self.config.reserved_ports_count) = reserved;
+        self.maps.write_config(&self.config).expect("the configuration is written");
+    }
+
+    /// Whether rules of the node route what backends send by its source.
+    pub fn route_by_source(&mut self, is_on: bool) {
+        self.config.routes_by_source = is_on.into();
         self.maps.write_config(&self.config).expect("the configuration is written");
     }
 

@@ -2,8 +2,8 @@
 
 use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, entry, life, mask};
 use crate::{
-    Action, Balance, Choice, ClientKind, Conversation, Ends, FlowState, Hook, REST, Reason, Resolution, Role,
-    choose, is_masked, resolve,
+    Action, Address, Balance, Choice, ClientKind, Conversation, Ends, FlowState, Hook, REST, Reason,
+    Resolution, Role, choose, is_masked, resolve,
 };
 
 /// A packet that comes in by the interface `device`.
@@ -47,6 +47,17 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     }
     // Pods and strangers find the same frontends.
     super::quick_stranger(tables, packet, ClientKind::Outside)
+}
+
+/// What the client has asked, if this packet is a backend's answer that goes to it as it is: the egress hook will write it
+/// as the source.
+#[inline(always)]
+pub fn answered_frontend<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Option<Address> {
+    let flow = match tables.flow(packet, Hook::Egress) {
+        Some(flow) => flow,
+        None => tables.transient(packet, Hook::Egress)?,
+    };
+    matches!(flow.role, Role::Reply).then_some(flow.address)
 }
 
 /// The part of [`on_ingress`] that is for packets of a flow, wherever in it they stand.

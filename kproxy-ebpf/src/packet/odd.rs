@@ -2,8 +2,8 @@
 
 use aya_ebpf::programs::TcContext;
 use kproxy_common::{
-    Address, Hook, Piece, Protocol, Quick, Reason, TcpFlags, follow_fragment, on_other_protocol,
-    quick_egress, quick_ingress,
+    Address, Hook, PacketVerdict, Piece, Protocol, Quick, Reason, TcpFlags, follow_fragment,
+    on_other_protocol, quick_egress, quick_ingress,
 };
 
 use super::{
@@ -12,6 +12,7 @@ use super::{
     apply::{leave, next},
     call,
     parse::{IPV4_HEADER, IPV6_HEADER, Parsed, Unusual, Version, ip_version, reach_all, transport},
+    steer,
 };
 use crate::kernel::KERNEL;
 
@@ -81,6 +82,12 @@ pub fn go_on(ctx: &TcContext, hook: Hook) -> i32 {
     match quick.of_any_form() {
         Quick::New => call(ctx, new),
         Quick::Known => call(ctx, known),
+        Quick::Verdict(PacketVerdict::Pass { reason })
+            if matches!(hook, Hook::Ingress) && steer::routes_by_source() =>
+        {
+            parsed.reason = reason;
+            call(ctx, Part::InAnswer)
+        }
         Quick::Verdict(verdict) => leave(ctx, parsed, verdict),
     }
 }

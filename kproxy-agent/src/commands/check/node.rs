@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, net::IpAddr, path::Path};
 
 use anyhow::Result;
-use kproxy_common::{ClientKind, FrontendKind, Mode, Tables as _};
+use kproxy_common::{Address, Backend, ClientKind, FrontendKind, Mode, Tables as _};
 
 use super::{Finding, Status, finding};
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     firewall::{FirewallError, forward_drops, kube_proxy_leftovers},
     maps::kernel::{FirstError, KernelMaps, Lookup},
     model::leftover_of,
+    source_routes,
 };
 
 /// kube-proxy's rules translate what kproxy leaves alone, pass-through addresses above all.
@@ -64,6 +65,40 @@ pub fn leftovers(bpf_root: &Path) -> Finding {
         each.collect::<Vec<_>>().join("; ")
     );
     finding(check, Status::Warning, detail)
+}
+
+/// Rules that lead a backend's answers out elsewhere than its clients came in.
+pub fn routing_by_source(bpf_root: &Path) -> Finding {
+    let check = "routing by source";
+    let rules = match source_routes::list_now() {
+        Ok(rules) => rules,
+        Err(error) => return finding(check, Status::Warning, format!("{error:#}")),
+    };
+    let found = source_routes::for_backends(&rules, &backends_here(bpf_root).unwrap_or_default());
+    if found.is_empty() {
+        return finding(check, Status::Ok, "no rule routes what backends on this node send by its source");
+    }
+    let mut detail = format!(
+        "{}: the agent marks them and sends them by the main table, where the interfaces of their pods have packet programs",
+        source_routes::text(&found)
+    );
+    let filter = "/proc/sys/net/ipv4/conf/all/rp_filter";
+    if fs::read_to_string(filter).is_ok_and(|text| text.trim() == "1") {
+        detail += "; what comes in for them is dropped by strict reverse path filtering: sysctl -w net.ipv4.conf.all.rp_filter=2";
+    }
+    finding(check, Status::Warning, detail)
+}
+
+/// The backends on this node; none where no agent has written any maps.
+fn backends_here(bpf_root: &Path) -> Option<BTreeSet<Address>> {
+    let maps = KernelMaps::open(bpf_root).ok()?;
+    let error = FirstError::default();
+    let tables = Lookup::new(&maps, &error);
+    let blocks = tables.frontends().into_iter().filter_map(|(_, number)| tables.block(number));
+    let slots =
+        blocks.flat_map(|block| (0..block.serving()).map(move |at| block.first_slot() + u32::from(at)));
+    let backends = slots.filter_map(|slot| tables.backend(slot));
+    Some(backends.filter(Backend::is_local).map(|backend| backend.address()).collect())
 }
 
 /// The load-balancer addresses in pass-through; none where no agent has written any maps.

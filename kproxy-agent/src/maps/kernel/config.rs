@@ -16,6 +16,7 @@ const _: () = {
     assert!(offset_of!(Config, reserved_ports_count) == offset_of!(Config, reserved_ports_first) + 4);
     assert!(offset_of!(Config, reserved_ports_first).is_multiple_of(8));
     assert!(offset_of!(Config, loopback_node_ports).is_multiple_of(8));
+    assert!(offset_of!(Config, routes_by_source) == offset_of!(Config, loopback_node_ports) + 2);
     assert!(offset_of!(Config, mask_ports_first).is_multiple_of(8));
 };
 
@@ -36,6 +37,7 @@ impl KernelMaps {
             udp_timeout,
             hash_seed,
             loopback_node_ports,
+            routes_by_source,
             remember_peer,
             host_sockets_only,
             some_opted_out,
@@ -51,7 +53,10 @@ impl KernelMaps {
         self.number(offset_of!(Config, hash_seed), pair(hash_seed[0], hash_seed[1]))?;
         let [low, high] = remember_peer.to_ne_bytes();
         let sockets = u32::from_ne_bytes([low, high, *host_sockets_only, *some_opted_out]);
-        self.number(offset_of!(Config, loopback_node_ports), pair(*loopback_node_ports, sockets))?;
+        self.number(
+            offset_of!(Config, loopback_node_ports),
+            pair(two(*loopback_node_ports, *routes_by_source), sockets),
+        )?;
         self.number(offset_of!(Config, mask_ports_first), pair(*mask_ports_first, *mask_ports_count))?;
         let reserved = pair(*reserved_ports_first, *reserved_ports_count);
         self.number(offset_of!(Config, reserved_ports_first), reserved)?;
@@ -127,6 +132,12 @@ impl KernelMaps {
 
 fn places(list: usize, cidrs: &[Cidr; MAX_CIDRS]) -> impl Iterator<Item = (usize, &Cidr)> {
     cidrs.iter().enumerate().map(move |(index, cidr)| (list + index * CIDR, cidr))
+}
+
+/// Two halves as they lie in the map's memory.
+fn two(first: u16, second: u16) -> u32 {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
 }
 
 /// Two numbers that lie in one word.

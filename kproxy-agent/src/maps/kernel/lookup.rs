@@ -155,13 +155,15 @@ impl KernelMaps {
             }
             cidrs
         };
+        let u16_of = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let (seed, peer) = (offset_of!(Config, hash_seed), offset_of!(Config, remember_peer));
         Ok(Config {
             host_netns_cookie: u64_of(offset_of!(Config, host_netns_cookie)),
             udp_timeout: u64_of(offset_of!(Config, udp_timeout)),
             hash_seed: [u32_of(seed), u32_of(seed + 4)],
-            loopback_node_ports: u32_of(offset_of!(Config, loopback_node_ports)),
-            remember_peer: u16::from_ne_bytes([bytes[peer], bytes[peer + 1]]),
+            loopback_node_ports: u16_of(offset_of!(Config, loopback_node_ports)),
+            routes_by_source: u16_of(offset_of!(Config, routes_by_source)),
+            remember_peer: u16_of(peer),
             host_sockets_only: bytes[offset_of!(Config, host_sockets_only)],
             some_opted_out: bytes[offset_of!(Config, some_opted_out)],
             mask_ports_first: u32_of(offset_of!(Config, mask_ports_first)),

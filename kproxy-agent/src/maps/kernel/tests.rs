@@ -187,6 +187,7 @@ fn the_configuration_is_written_where_it_differs() {
         udp_timeout: 30_000_000_000,
         hash_seed: [0x0102_0304, 0x0506_0708],
         loopback_node_ports: 1,
+        routes_by_source: 1,
         remember_peer: 0,
         host_sockets_only: 0,
         some_opted_out: 0,
@@ -237,7 +238,9 @@ fn bytes_of(config: &Config) -> Vec<u8> {
     bytes.extend(config.host_netns_cookie.to_ne_bytes());
     bytes.extend(config.udp_timeout.to_ne_bytes());
     let [first, second] = config.hash_seed;
-    bytes.extend([first, second, config.loopback_node_ports].into_iter().flat_map(u32::to_ne_bytes));
+    bytes.extend([first, second].into_iter().flat_map(u32::to_ne_bytes));
+    bytes
+        .extend([config.loopback_node_ports, config.routes_by_source].into_iter().flat_map(u16::to_ne_bytes));
     bytes.extend(config.remember_peer.to_ne_bytes());
     bytes.extend([config.host_sockets_only, config.some_opted_out]);
     bytes.extend([config.mask_ports_first, config.mask_ports_count].into_iter().flat_map(u32::to_ne_bytes));
