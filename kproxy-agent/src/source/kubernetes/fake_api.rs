@@ -1,7 +1,7 @@
 //! An API server for tests, on 127.0.0.1: lists with pages, watches with versions and bookmarks, streaming lists,
 //! and everything that can go wrong with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -46,6 +46,8 @@ pub(super) struct ApiState {
     pub(super) no_streaming: bool,
     /// Watches bring no bookmarks, but the one that ends a streaming list.
     pub(super) no_bookmarks: bool,
+    /// Watches of these resources are opened, and fail with their first event.
+    pub(super) failing_watches: BTreeSet<String>,
     /// So many lists of a resource come back empty.
     pub(super) short_lists: BTreeMap<String, u32>,
     /// The requests that came: path and query.
@@ -187,6 +189,10 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
         let from: u64 = parameter("resourceVersion").unwrap_or_default().parse().unwrap_or_default();
         if !initial && from < state.oldest {
             return failure(410, "too old resource version");
+        }
+        if state.failing_watches.contains(&resource) {
+            // As kube-apiserver when it cannot decode what etcd has.
+            return event_line("ERROR", &status(500, "the test lets it fail").to_string()).into_response();
         }
         let mut lines: Vec<String> = Vec::new();
         let mut sent = from;

@@ -4,7 +4,9 @@ use serde_json::{Value, json};
 use super::backoff::Backoff;
 use super::fake_api::FakeApi;
 use super::*;
+use crate::model::objects::Family;
 use crate::model::{Model, NodeConfig};
+use crate::servers::{Health, Moment};
 use crate::source::PresentProblems;
 
 /// As by default, but in a hurry.
@@ -326,6 +328,56 @@ async fn what_is_not_allowed_is_named_and_what_is_not_necessary_is_done_without(
     assert!(!client.all_pods, "nobody knows of Pods");
     api.state().refuse.clear();
     client.until("the APIs that came later", |client| client.kinds().is_empty() && client.all_pods).await;
+}
+
+#[tokio::test]
+async fn a_kind_without_a_working_watch_makes_the_node_unready() {
+    let api = FakeApi::start().await;
+    api.put("nodes", node("node-a"));
+    api.state().refuse.insert("servicecidrs".to_owned(), 404);
+    let mut client = Client::of(&[url(&api)]).await;
+    client.until("the first lists", |client| client.synced).await;
+    let readyz = |client: &Client, at: Instant| {
+        let now = Moment::now();
+        let mut health = Health::new(Family::ALL, now);
+        health.in_force();
+        for (plural, lost) in &client.watches {
+            health.watch_is(plural, lost.map(|instant| Moment { instant, ..now }));
+        }
+        health.readyz(Moment { instant: at.into_std(), ..now })
+    };
+    let day = Instant::now() + Duration::from_secs(86_400);
+    assert!(readyz(&client, day).is_ok(), "what is not necessary is not waited for: {:?}", client.watches);
+
+    // The server refuses; and it lets watches be opened, which then fail at once.
+    for opens in [false, true] {
+        if opens {
+            api.state().failing_watches.insert("services".to_owned());
+        } else {
+            api.state().refuse.insert("services".to_owned(), 500);
+        }
+        api.end_watches();
+        let lost = |client: &Client| client.watches.get("services").copied().flatten();
+        client.until("the watch being lost", |client| lost(client).is_some()).await;
+        let since = lost(&client);
+        client.wait(300).await;
+        assert_eq!(lost(&client), since, "no try that fails is a watch");
+        let since = Instant::from_std(since.expect("it is lost"));
+        assert!(readyz(&client, since + Duration::from_secs(59)).is_ok());
+        let report = readyz(&client, since + Duration::from_secs(60));
+        assert!(!report.is_ok());
+        assert!(
+            matches!(&report.reasons[..], [reason] if reason.contains("watch of services")),
+            "{report:?}"
+        );
+
+        api.state().refuse.remove("services");
+        api.state().failing_watches.clear();
+        client.until("a watch that works", |client| lost(client).is_none()).await;
+        assert!(readyz(&client, day).is_ok());
+    }
+    api.put("services", service("a"));
+    client.until("what happens", |client| client.of_kind(Kind::Service) == api.names("services")).await;
 }
 
 #[tokio::test]
