@@ -38,6 +38,7 @@ use crate::{
     source::{Event, kubernetes, manifests},
     source_routes::{self, SourceRule},
 };
+use config::Watched;
 use flows::FlowCare;
 use health_checks::HealthChecks;
 pub(crate) use host::net_sysctls;
@@ -73,7 +74,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
     let node_name = config::node_name(&args.node)?;
     // Wrong flags are told before anything is touched.
     config::model(&node_name, &args.node, &args.rules, LocalAddresses::default())?;
-    config::programs(&args.node, &args.rules, 0, [0, 0], false, &[])?;
+    config::programs(&args.node, &args.rules, 0, [0, 0], false, &[], &Watched::NOTHING)?;
     telemetry::addresses(args)?;
     node::demand_capabilities()?;
     let cgroup = node::cgroup_root(args.cgroup.cgroup_root.as_deref())?;
@@ -146,6 +147,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
         flows: FlowCare::default(),
         opt_outs,
         some_opted_out,
+        watched: Watched::NOTHING,
         telemetry,
         events,
         has_write_failures: false,
@@ -222,6 +224,8 @@ struct Agent<'a> {
     opt_outs: OptOuts,
     /// Whether the programs are to ask which pods are opted out.
     some_opted_out: bool,
+    /// What the programs are told of the node's addresses and NodePorts.
+    watched: Watched,
     telemetry: Telemetry,
     events: Events,
     /// Whether the last sync left something unwritten.
@@ -329,6 +333,9 @@ impl Agent<'_> {
         let start = Instant::now();
         let report = self.syncer.sync(update, SystemTime::now());
         let syncing = start.elapsed();
+        if self.watched != self.watched_now() {
+            self.write_config()?;
+        }
         for (party, error) in &report.failed {
             tracing::error!(service = %party, "cannot be written and is tried again: {error}");
         }
@@ -399,9 +406,17 @@ impl Agent<'_> {
         let seed = self.syncer.maps().hash_seed()?;
         let service_cidrs = self.model.wanted_node().map_or(&[][..], |node| &node.service_cidrs);
         let (node, rules) = (&self.args.node, &self.args.rules);
-        let config = config::programs(node, rules, self.cookie, seed, self.some_opted_out, service_cidrs)?;
+        self.watched = self.watched_now();
+        let (some_opted_out, watched) = (self.some_opted_out, &self.watched);
+        let config =
+            config::programs(node, rules, self.cookie, seed, some_opted_out, service_cidrs, watched)?;
         let routes_by_source = u16::from(!self.rules_for_backends.is_empty());
         Ok(self.syncer.maps().write_config(&Config { routes_by_source, ..config })?)
+    }
+
+    fn watched_now(&self) -> Watched {
+        let addresses = self.devices.values().flat_map(|device| &device.addresses);
+        Watched::of(addresses, self.syncer.tables().node_ports())
     }
 
     fn attach(&mut self) -> Result<()> {

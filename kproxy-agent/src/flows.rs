@@ -17,7 +17,8 @@ pub use self::{
 };
 
 /// The roles that a flow can have entries in, the most telling first.
-pub const ROLES: [Role; 4] = [Role::Request, Role::Reply, Role::Forwarded, Role::Return];
+pub const ROLES: [Role; 6] =
+    [Role::Request, Role::Reply, Role::Forwarded, Role::Return, Role::NodeRequest, Role::NodeReply];
 
 /// A flow as far as some of its entries tell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

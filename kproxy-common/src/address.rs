@@ -34,6 +34,12 @@ impl Address {
         Self::from_words([0, 0, 0xffff_u32.to_be(), word])
     }
 
+    /// Which of 64 bits stands for it, shared with others: by its last six bits, which hosts of one network differ in.
+    #[inline(always)]
+    pub fn bit(&self) -> u64 {
+        1 << (u32::from_be(self.words()[3]) & 63)
+    }
+
     /// Four 32-bit words, network order in memory.
     #[inline(always)]
     pub fn words(&self) -> [u32; 4] {

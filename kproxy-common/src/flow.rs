@@ -10,6 +10,14 @@
 //! | return | ingress, facing the backend | B → M | destination C |
 //! | reply | egress, facing the client | B → C | source F |
 //!
+//! What this node sends past every frontend has a flow where it could meet one of a Service's (see `packet::node`), with
+//! two entries, and no frontend:
+//!
+//! | role | hook | packet as it arrives | what is written |
+//! |---|---|---|---|
+//! | node request | egress | N → B | source N, with another port where another flow has this one |
+//! | node reply | ingress | B → N | destination N, with its own port |
+//!
 //! Where another flow between the same client and backend has the client's port already (two frontends that lead to
 //! one backend), the request's source port is written as well, and the reply's destination port back: between the two
 //! hooks the client then has another port, its *inner* one.
@@ -71,6 +79,10 @@ flow_enum! {
         Return = 3,
         /// From the backend, to the client.
         Reply = 4,
+        /// From an address of this node, to a peer past every frontend.
+        NodeRequest = 5,
+        /// From that peer, to this node.
+        NodeReply = 6,
     }
 }
 
@@ -260,13 +272,13 @@ impl Conversation {
                 (self.mask, self.mask_port) = (flow.companion, flow.companion_port);
                 self.inner_port = flow.client_port;
             }
-            Role::Forwarded => {
+            Role::Forwarded | Role::NodeRequest => {
                 (self.client, self.inner_port) = (key.source, key.source_port);
                 (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
                 (self.backend, self.backend_port) = (key.destination, key.destination_port);
                 (self.mask, self.mask_port) = (flow.address, flow.port);
             }
-            Role::Return => {
+            Role::Return | Role::NodeReply => {
                 (self.client, self.inner_port) = (flow.address, flow.port);
                 (self.frontend, self.frontend_port) = (flow.companion, flow.companion_port);
                 (self.backend, self.backend_port) = (key.source, key.source_port);
@@ -297,6 +309,12 @@ impl Conversation {
         self.mask_port != 0
     }
 
+    /// The role of the entry by which this flow holds the port that its backend sees.
+    #[inline(always)]
+    pub fn port_holder(&self) -> Role {
+        if self.frontend_port == 0 { Role::NodeReply } else { Role::Return }
+    }
+
     /// Writes the entry with this role. A function of its own that writes in place: a dozen entries put
     /// together on the stack are more than a program's stack holds.
     #[inline(never)]
@@ -309,8 +327,8 @@ impl Conversation {
         let mask = (&self.mask, self.mask_port);
         let (hook, source, destination, written, companion) = match role {
             Role::Request => (Hook::Ingress, client, frontend, backend, mask),
-            Role::Forwarded => (Hook::Egress, inner, backend, mask, frontend),
-            Role::Return => (Hook::Ingress, backend, mask, inner, frontend),
+            Role::Forwarded | Role::NodeRequest => (Hook::Egress, inner, backend, mask, frontend),
+            Role::Return | Role::NodeReply => (Hook::Ingress, backend, mask, inner, frontend),
             Role::Reply => (Hook::Egress, backend, inner, frontend, mask),
         };
         let client_port = if matches!(role, Role::Request) { self.inner_port } else { self.client_port };
@@ -382,8 +400,8 @@ impl Flow {
             return false;
         }
         match self.role {
-            // The key has the client, and the value the frontend.
-            Role::Reply => (self.address, self.port) == (other.address, other.port),
+            // The key has the client, and the value the frontend; the value has the node's own port.
+            Role::Reply | Role::NodeReply => (self.address, self.port) == (other.address, other.port),
             // The value has both.
             Role::Return => {
                 self.address == other.address
@@ -394,7 +412,7 @@ impl Flow {
                 (self.companion, self.companion_port) == (other.companion, other.companion_port)
             }
             // The key has both.
-            Role::Request => true,
+            Role::Request | Role::NodeRequest => true,
         }
     }
 }
@@ -429,7 +447,8 @@ mod tests {
                 backend_id: 9,
                 last_seen: 1,
             };
-            for role in [Role::Request, Role::Forwarded, Role::Return, Role::Reply] {
+            let roles = [Role::Request, Role::Forwarded, Role::Return, Role::Reply];
+            for role in roles.into_iter().chain([Role::NodeRequest, Role::NodeReply]) {
                 let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
                 whole.write_entry(role, &mut key, &mut flow);
                 let mut read = Conversation::EMPTY;

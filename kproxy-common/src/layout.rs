@@ -75,6 +75,9 @@ pub mod map_names {
     /// inserting and deleting only: what changes is inserted under the other copy before it is deleted. A miss under
     /// both: clients behind it are outside, and not masked there: their packets are dropped.
     pub const DEVICE: &str = "device";
+    /// Array, [`masqueraded_index`](super::masqueraded_index) to u64: 1 where a flow that is masqueraded has led to such a
+    /// backend. Written by the programs. A 0: no port towards it can be held by such a flow.
+    pub const MASQUERADED: &str = "masqueraded";
     /// Hash, SO_NETNS_COOKIE of a pod's network namespace (u64) to [`OptedOut`](super::OptedOut). Written by the agent,
     /// inserting and deleting only. A miss: the socket hooks serve the pod.
     pub const OPTED_OUT: &str = "opted_out";
@@ -87,7 +90,7 @@ pub mod map_names {
 pub const RETURN_MARK: u32 = 0x1000;
 
 /// The packet programs that others go on in, by their place in `programs`.
-pub const PACKET_PARTS: [&str; 12] = [
+pub const PACKET_PARTS: [&str; 13] = [
     "in_known",
     "in_new",
     "in_open",
@@ -100,7 +103,19 @@ pub const PACKET_PARTS: [&str; 12] = [
     "out_icmp",
     "dropped",
     "in_answer",
+    "out_node",
 ];
+
+/// How many elements `masqueraded` has: a power of two, for thousands of backends to be told apart by.
+pub const MASQUERADED: u32 = 16_384;
+
+/// Where `masqueraded` tells about the backend at `address` and `port` (host order). Others can have the same place.
+#[inline(always)]
+pub fn masqueraded_index(address: &Address, port: u16) -> u32 {
+    let [a, b, c, d] = address.words();
+    // Fibonacci hashing.
+    (a ^ b ^ c ^ d ^ u32::from(port)).wrapping_mul(0x9e37_79b9) >> (32 - MASQUERADED.ilog2())
+}
 
 /// The bytes of a map do not form the value that this layout expects there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -905,6 +920,15 @@ pub struct Config {
     pub reserved_ports_first: u32,
     /// How many these are.
     pub reserved_ports_count: u32,
+    /// A bit for each address of this node, see [`Address::bit`](crate::Address::bit): where a source's is 0, no other need be
+    /// asked whether it is the node's.
+    pub node_addresses: u64,
+    /// The lowest UDP port that is a NodePort; above the highest where there is none.
+    pub udp_node_ports_first: u16,
+    /// The highest.
+    pub udp_node_ports_last: u16,
+    /// Zero.
+    pub _pad: u32,
     /// ServiceCIDRs: unallocated addresses inside are dropped.
     pub service_cidrs: [Cidr; MAX_CIDRS],
     /// `--cluster-cidr`: sources that [`Options::MASQUERADE_OFF_CLUSTER`] leaves as they are.
@@ -926,6 +950,10 @@ impl Config {
         mask_ports_count: 0,
         reserved_ports_first: 0,
         reserved_ports_count: 0,
+        node_addresses: 0,
+        udp_node_ports_first: 1,
+        udp_node_ports_last: 0,
+        _pad: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };
@@ -1031,7 +1059,7 @@ const _: () = {
     assert!(size_of::<AffinityValue>() == 40);
     assert!(size_of::<Counters>() == 16);
     assert!(size_of::<ServiceInfo>() == 224);
-    assert!(size_of::<Config>() == 48 + 2 * MAX_CIDRS * 20);
+    assert!(size_of::<Config>() == 64 + 2 * MAX_CIDRS * 20);
     assert!(size_of::<DeviceKey>() == 8);
     assert!(size_of::<DeviceAddresses>() == 44);
     assert!(size_of::<OptedOut>() == 40);

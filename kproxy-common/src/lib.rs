@@ -34,15 +34,15 @@ pub use flow::{
 pub use layout::{
     AddressEntry, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, BackendState, Behind,
     Block, Config, Counters, DeviceAddresses, DeviceKey, FrontendKey, FrontendKind, FrontendScope,
-    InvalidLayout, LAYOUT_VERSION, Location, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options, Owner,
-    PACKET_PARTS, Protocol, RETURN_MARK, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind, Side,
-    SourceRangeKey, TrafficPolicy, map_names,
+    InvalidLayout, LAYOUT_VERSION, Location, MASQUERADED, MAX_CIDRS, Mode, NAME_LENGTH, OptedOut, Options,
+    Owner, PACKET_PARTS, Protocol, RETURN_MARK, ServiceEntry, ServiceIdentity, ServiceInfo, ServiceKind,
+    Side, SourceRangeKey, TrafficPolicy, map_names, masqueraded_index,
 };
 pub use packet::{
     FRAGMENT_TIMEOUT, FlowTables, FragmentKey, FragmentPorts, Hit, IcmpKind, IcmpMeta, IcmpVerdict, New,
     PacketMeta, PacketVerdict, Piece, Quick, TcpFlags, WAITING, answered_frontend, follow_fragment,
-    known_egress, known_ingress, new_egress, new_ingress, on_egress, on_icmp, on_ingress, on_other_protocol,
-    open_ingress, quick_egress, quick_ingress,
+    known_egress, known_ingress, new_egress, new_ingress, node_egress, on_egress, on_icmp, on_ingress,
+    on_other_protocol, open_ingress, quick_egress, quick_ingress,
 };
 pub use reason::Reason;
 pub use socket::{

@@ -11,11 +11,13 @@ mod icmp;
 mod ingress;
 mod life;
 mod mask;
+mod node;
 
 pub use egress::{known_egress, new_egress, on_egress, quick_egress};
 pub use fragment::{FRAGMENT_TIMEOUT, FragmentKey, FragmentPorts, Piece, follow_fragment, on_other_protocol};
 pub use icmp::{IcmpKind, IcmpMeta, IcmpVerdict, on_icmp};
 pub use ingress::{answered_frontend, known_ingress, new_ingress, on_ingress, open_ingress, quick_ingress};
+pub use node::node_egress;
 
 use crate::{
     Action, Address, Balance, Cidr, Client, ClientKind, Connection, Conversation, Ends, Flow, FlowKey,
@@ -55,7 +57,7 @@ pub trait FlowTables: Tables {
     /// has that. Of a flow that [`with_transient`](Self::with_transient) or [`with_new`](Self::with_new) has handed out: many
     /// ports may have to be tried.
     fn take_return(&self, whole: &Conversation, rest: u64) -> bool {
-        !self.has_socket(whole) && self.act(whole, Role::Return, Action::Take { rest })
+        !self.has_socket(whole) && self.act(whole, whole.port_holder(), Action::Take { rest })
     }
     /// [`act`](Self::act) with each entry that a flow has; what it says of the request's.
     fn act_all(&self, whole: &Conversation, action: Action) -> bool;
@@ -74,6 +76,10 @@ pub trait FlowTables: Tables {
     fn shares_bridge(&self, device: u32, like: &Address) -> bool;
     /// Whether a socket of this host would get the packets that the backend sends to the flow's mask.
     fn has_socket(&self, whole: &Conversation) -> bool;
+    /// Whether clients were masqueraded towards this backend; others can pass for it.
+    fn masquerades_towards(&self, address: &Address, port: u16) -> bool;
+    /// Notes that clients are.
+    fn note_masqueraded(&self, address: &Address, port: u16);
     /// What the first fragment of this datagram said, and when.
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// Remembers what a first fragment says.
@@ -110,6 +116,12 @@ impl From<&Flow> for Hit {
 }
 
 impl Hit {
+    /// Whether it is of a flow of the node.
+    #[inline(always)]
+    fn is_nodes(&self) -> bool {
+        matches!(self.role, Role::NodeRequest | Role::NodeReply)
+    }
+
     /// Whether the client is who sends what has this entry.
     #[inline(always)]
     fn is_clients(&self) -> bool {
@@ -230,6 +242,8 @@ pub enum Quick {
     Known,
     /// The packet has no flow, or begins one anew: the part for these decides.
     New,
+    /// The packet has no flow and is for no frontend, but may begin a flow of the node: the part for these decides.
+    Node,
 }
 
 /// What is said about a packet without a flow.

@@ -9,7 +9,7 @@ use kproxy_common::{
     Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, ClientKind,
     Config, Conversation, DeviceAddresses, DeviceKey, FlowTables, FragmentKey, FragmentPorts, FrontendKey,
     Hit, Hook, PacketMeta, Protocol, Role, ServiceIdentity, Side, SourceRangeKey, Tables, Wanted,
-    in_cluster_cidr, search,
+    in_cluster_cidr, masqueraded_index, search,
 };
 
 use crate::{
@@ -252,6 +252,19 @@ impl FlowTables for Kernel {
     }
 
     #[inline(always)]
+    fn masquerades_towards(&self, address: &Address, port: u16) -> bool {
+        maps::MASQUERADED_TOWARDS.get(masqueraded_index(address, port)).is_some_and(|word| *word != 0)
+    }
+
+    #[inline(always)]
+    fn note_masqueraded(&self, address: &Address, port: u16) {
+        if let Some(word) = maps::MASQUERADED_TOWARDS.get_ptr_mut(masqueraded_index(address, port)) {
+            // SAFETY: the pointer is valid for the program's run; all store the same word.
+            unsafe { core::ptr::write_volatile(word, 1) };
+        }
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
         // SAFETY: copied at once; should the element be reused just then, the fragment finds no flow.
         unsafe { maps::FRAGMENT.get(key) }.copied()
@@ -325,7 +338,8 @@ extern "C" fn take_return(skb: *mut __sk_buff, rest: u64) -> u64 {
         return 0;
     };
     u64::from(
-        !has_socket(skb, &scratch.whole) && keys::act(&scratch.whole, Role::Return, Action::Take { rest }),
+        !has_socket(skb, &scratch.whole)
+            && keys::act(&scratch.whole, scratch.whole.port_holder(), Action::Take { rest }),
     )
 }
 

@@ -52,6 +52,8 @@ extern "C" fn write_role(role: u32) -> u64 {
         1 => Role::Request,
         2 => Role::Forwarded,
         3 => Role::Return,
+        5 => Role::NodeRequest,
+        6 => Role::NodeReply,
         _ => Role::Reply,
     };
     whole.write_entry(role, key, flow);

@@ -9,8 +9,8 @@ use aya_ebpf::{
 use kproxy_common::{
     Address, AddressEntry, AffinityKey, AffinityValue, Backend, BackendSlots, Config, Conversation, Counters,
     DeviceAddresses, DeviceKey, DropBudget, DropEvent, DropListener, DropPath, Flow, FlowKey, FragmentKey,
-    FragmentPorts, FrontendKey, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry, ServiceInfo,
-    SocketRecords, WAITING as WAITING_FLOWS,
+    FragmentPorts, FrontendKey, MASQUERADED, OptedOut, Owner, PACKET_PARTS, Reason, ServiceEntry,
+    ServiceInfo, SocketRecords, WAITING as WAITING_FLOWS,
 };
 
 const FRONTENDS: usize = 32_768;
@@ -126,6 +126,8 @@ pub static PROGRAMS: ProgramArray<{ PACKET_PARTS.len() }> = ProgramArray::new();
 // Of 4,096 interfaces, each of which has two while it changes.
 #[btf_map(name = "device")]
 pub static DEVICE: HashMap<DeviceKey, DeviceAddresses, 8_192> = HashMap::new();
+#[btf_map(name = "masqueraded")]
+pub static MASQUERADED_TOWARDS: Array<u64, { MASQUERADED as usize }> = Array::new();
 #[btf_map(name = "opted_out")]
 pub static OPTED_OUT: HashMap<u64, OptedOut, 1_024> = HashMap::new();
 #[btf_map(name = "owner")]

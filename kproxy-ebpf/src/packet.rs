@@ -17,7 +17,7 @@ mod steer;
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use kproxy_common::{
     Hook, New, PacketVerdict, Quick, Reason, answered_frontend, known_egress, known_ingress, new_egress,
-    new_ingress, on_icmp, open_ingress, quick_egress, quick_ingress,
+    new_ingress, node_egress, on_icmp, open_ingress, quick_egress, quick_ingress,
 };
 
 use self::{
@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     kernel::{KERNEL, Kernel},
-    maps,
+    maps, mark,
 };
 
 const ETHERNET_HEADER: u32 = 14;
@@ -48,6 +48,7 @@ enum Part {
     OutIcmp = 9,
     Drop = 10,
     InAnswer = 11,
+    OutNode = 12,
 }
 
 /// Into any device with Ethernet headers.
@@ -175,6 +176,15 @@ pub fn out_new(ctx: TcContext) -> i32 {
     }
 }
 
+/// Of an egress hook: what may be the beginning of a flow of the node.
+#[classifier]
+pub fn out_node(ctx: TcContext) -> i32 {
+    let Some(parsed) = Parsed::get() else {
+        return next(Reason::TableError);
+    };
+    apply(&ctx, parsed, node_egress(&Kernel::of(ctx.skb.skb), &parsed.meta))
+}
+
 /// Of an ingress hook: headers that are seldom.
 #[classifier]
 pub fn in_odd(ctx: TcContext) -> i32 {
@@ -219,7 +229,8 @@ fn ingress(ctx: &TcContext, network: u32) -> i32 {
                 }
                 apply_quickly(ctx, parsed, verdict)
             }
-            Quick::Known => call(ctx, Part::InKnown),
+            // Of a node's flow nothing begins here.
+            Quick::Known | Quick::Node => call(ctx, Part::InKnown),
             Quick::New => call(ctx, Part::InNew),
         },
         Err(Unusual::Nobodys(reason)) => next(reason),
@@ -238,6 +249,9 @@ fn egress(ctx: &TcContext, network: u32) -> i32 {
             Quick::Verdict(verdict) => apply_quickly(ctx, parsed, verdict),
             Quick::Known => call(ctx, Part::OutKnown),
             Quick::New => call(ctx, Part::OutNew),
+            // On a device below it may be what was masqueraded above.
+            Quick::Node if mark::is_translated(ctx) => next(Reason::NotAService),
+            Quick::Node => call(ctx, Part::OutNode),
         },
         Err(Unusual::Nobodys(reason)) => next(reason),
         Err(Unusual::Odd) => call(ctx, Part::OutOdd),

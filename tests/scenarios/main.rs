@@ -28,6 +28,7 @@ mod live;
 mod local_addresses;
 mod metrics;
 mod node;
+mod node_flows;
 mod objects;
 mod offloads;
 mod opted_out;
@@ -112,6 +113,7 @@ const TOPICS: &[(Need, &[Scenario])] = &[
     (kproxy, health_checks::SCENARIOS),
     (kproxy, metrics::SCENARIOS),
     (kproxy, node::SCENARIOS),
+    (kproxy, node_flows::SCENARIOS),
     (kproxy, closed_firewall::SCENARIOS),
     (kproxy_and_kubernetes, kubernetes::SCENARIOS),
     (kproxy_and_kubernetes, events::SCENARIOS),

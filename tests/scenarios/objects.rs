@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use kproxy_lab::{Family, Pod};
+use kproxy_lab::{Family, Node, Pod};
 use serde_json::{Map, Value, json};
 
 /// A Service in the namespace `default`, of both families, with its endpoints.
@@ -47,6 +47,11 @@ impl Endpoint {
     /// A pod that is ready.
     pub fn of(pod: &Pod) -> Self {
         Self { node: pod.node_name().to_owned(), v4: pod.v4(), v6: pod.v6(), ready: true, terminating: false }
+    }
+
+    /// A pod with its node's network.
+    pub fn on(node: &Node) -> Self {
+        Self { node: node.name().to_owned(), v4: node.v4(), v6: node.v6(), ready: true, terminating: false }
     }
 
     /// The same, not ready.

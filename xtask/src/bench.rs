@@ -24,6 +24,8 @@ pub enum Part {
     Connections,
     /// The same work beside a real kube-proxy, from inside and outside, as ratios to it
     KubeProxy,
+    /// Clients that are masqueraded, beside a real kube-proxy: how long they wait for connections, how many are held
+    Masquerade,
 }
 
 /// Sets up, builds, and becomes the measurement. Returns only where that failed.
@@ -43,7 +45,7 @@ pub fn run(
         .args(["run", "--quiet", "--release", "--package", "kproxy-lab", "--bin", "bench", "--"])
         .args(["--rounds", &rounds.to_string(), "--services", &services.to_string()])
         .env("KPROXY_BIN", binary);
-    if only.is_none_or(|only| matches!(only, Part::Api | Part::KubeProxy)) {
+    if only.is_none_or(|only| matches!(only, Part::Api | Part::KubeProxy | Part::Masquerade)) {
         command.env("KUBEBUILDER_ASSETS", kubernetes::ensure(paths, progress)?);
     }
     match only {
@@ -51,6 +53,7 @@ pub fn run(
         Some(Part::Api) => command.arg("api"),
         Some(Part::Connections) => command.arg("connections"),
         Some(Part::KubeProxy) => command.arg("kube-proxy"),
+        Some(Part::Masquerade) => command.arg("masquerade"),
         None => &mut command,
     };
     bpf::set_env(&mut command, &objects);

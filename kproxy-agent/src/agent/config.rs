@@ -1,10 +1,10 @@
 //! From the command line to plain values: the model's configuration and the programs'.
 
-use std::{hash::BuildHasher as _, net::IpAddr};
+use std::{collections::BTreeSet, hash::BuildHasher as _, net::IpAddr, ops::RangeInclusive};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
-use kproxy_common::{Address, Cidr, Config, MAX_CIDRS};
+use kproxy_common::{Address, Cidr, Config, FrontendKey, MAX_CIDRS, Protocol};
 
 use crate::{
     cli::{NodeArgs, RuleArgs, Scope, SocketHooks, TableArgs},
@@ -96,6 +96,35 @@ pub fn capacities(tables: &TableArgs) -> Capacities {
     }
 }
 
+/// By what programs tell packets that may begin flows of the node from all others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Watched {
+    /// See [`Config::node_addresses`].
+    pub addresses: u64,
+    /// From the lowest UDP NodePort to the highest.
+    pub udp_node_ports: RangeInclusive<u16>,
+}
+
+impl Watched {
+    /// No address, no port.
+    pub const NOTHING: Self = Self { addresses: 0, udp_node_ports: 1..=0 };
+
+    /// The node has these addresses, and serves these NodePorts.
+    pub fn of<'a>(
+        addresses: impl IntoIterator<Item = &'a IpAddr>,
+        node_ports: impl IntoIterator<Item = FrontendKey>,
+    ) -> Self {
+        let bits = addresses.into_iter().fold(0, |bits, address| bits | Address::from(*address).bit());
+        let udp = node_ports.into_iter().filter(|key| key.protocol() == Protocol::Udp);
+        let ports: BTreeSet<u16> = udp.map(|key| key.port()).collect();
+        let udp_node_ports = match (ports.first(), ports.last()) {
+            (Some(first), Some(last)) => *first..=*last,
+            _ => 1..=0,
+        };
+        Self { addresses: bits, udp_node_ports }
+    }
+}
+
 /// The programs' configuration. The hash's key is `seed`, that of the agent before, if there was one: flows that
 /// are being opened then stay where they are over a restart.
 pub fn programs(
@@ -105,6 +134,7 @@ pub fn programs(
     seed: [u32; 2],
     some_opted_out: bool,
     service_cidrs: &[Cidr],
+    watched: &Watched,
 ) -> Result<Config> {
     let table = |cidrs: &[Cidr]| {
         let mut table = [Cidr::NONE; MAX_CIDRS];
@@ -126,6 +156,10 @@ pub fn programs(
         mask_ports_count: MASK_PORTS_COUNT,
         reserved_ports_first: RESERVED_PORTS_FIRST,
         reserved_ports_count: RESERVED_PORTS_COUNT,
+        node_addresses: watched.addresses,
+        udp_node_ports_first: *watched.udp_node_ports.start(),
+        udp_node_ports_last: *watched.udp_node_ports.end(),
+        _pad: 0,
         service_cidrs: table(service_cidrs),
         cluster_cidrs: table(&cidrs("--cluster-cidr", &node.cluster_cidr)?),
     })
@@ -177,6 +211,19 @@ mod tests {
         let net: IpNet = "10.96.3.4/12".parse().unwrap();
         let cidr = cidr(&net);
         assert_eq!((cidr.prefix_length(), IpAddr::from(cidr.address())), (108, "10.96.0.0".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_may_begin_flows_of_the_node_is_watched() {
+        let addresses: [IpAddr; 2] = ["192.0.2.11".parse().unwrap(), "2001:db8::b".parse().unwrap()];
+        let port = |port, protocol| FrontendKey::new(Address::UNSPECIFIED, port, protocol);
+        let ports = [port(30_053, Protocol::Udp), port(30_001, Protocol::Tcp), port(31_000, Protocol::Udp)];
+        let watched = Watched::of(&addresses, ports);
+        assert_eq!(watched.udp_node_ports, 30_053..=31_000);
+        let is_watched =
+            |text: &str| watched.addresses & Address::from(text.parse::<IpAddr>().unwrap()).bit() != 0;
+        assert!(is_watched("192.0.2.11") && is_watched("2001:db8::b") && !is_watched("192.0.2.12"));
+        assert_eq!(Watched::of(&[], [port(30_001, Protocol::Tcp)]), Watched::NOTHING);
     }
 
     #[test]

@@ -47,8 +47,9 @@ pub fn reserve_ports(first: u32, count: u32) {
     });
     if let Err(error) = result {
         tracing::warn!(
-            "cannot reserve the ports {range} for masking ({}: {error}): a socket of this host that is given one of \
-             them can lose answers to a masked client; add them with sysctl",
+            "cannot reserve the ports {range}, with which clients are masqueraded first ({}: {error}): a socket of this \
+             host that is given one that a client has towards the same backend is seen there by another port; add them \
+             with sysctl",
             path.display()
         );
     }

@@ -58,6 +58,7 @@ struct Row {
     port_name: String,
     protocol: &'static str,
     client: String,
+    /// Empty where the node speaks to the backend past every frontend.
     frontend: String,
     backend: String,
     /// The address and port that the backend sees, where the client is masked.
@@ -138,9 +139,14 @@ impl Flows<'_> {
             port_name,
             protocol: protocol_word(whole.protocol),
             client: socket(whole.client, whole.client_port),
-            frontend: socket(whole.frontend, whole.frontend_port),
+            frontend: match whole.frontend_port {
+                // Of the node, past every frontend.
+                0 => String::new(),
+                port => socket(whole.frontend, port),
+            },
             backend: socket(whole.backend, whole.backend_port),
-            mask: whole.is_masked().then(|| socket(whole.mask, whole.mask_port)),
+            mask: (whole.is_masked() && (whole.mask, whole.mask_port) != (whole.client, whole.client_port))
+                .then(|| socket(whole.mask, whole.mask_port)),
             state: progress.word(),
             idle_seconds: progress.idle(self.now).as_secs(),
             table: table.word(),
@@ -295,7 +301,7 @@ fn cells(row: Row, wide: bool) -> Vec<String> {
         or_dash(name),
         protocol.to_owned(),
         client,
-        frontend,
+        or_dash(frontend),
         backend,
         or_dash(mask.unwrap_or_default()),
         state.to_owned(),

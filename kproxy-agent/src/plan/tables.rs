@@ -183,6 +183,15 @@ impl Tables {
         self.frontend.iter().map(|(key, number)| (key, *number))
     }
 
+    /// NodePorts, of both families.
+    pub fn node_ports(&self) -> impl Iterator<Item = FrontendKey> {
+        let of = |address: Address| {
+            let lowest = FrontendKey::new(address, 0, Protocol::Tcp);
+            self.frontend.range(lowest..).map(|(key, _)| *key).take_while(move |key| key.address() == address)
+        };
+        of(Address::UNSPECIFIED_V4).chain(of(Address::UNSPECIFIED))
+    }
+
     /// The number of a frontend.
     pub fn number(&self, key: &FrontendKey) -> Option<u32> {
         self.frontend.get(key).copied()

@@ -412,6 +412,10 @@ fn the_decision_runs_over_planned_tables() {
         mask_ports_count: 0,
         reserved_ports_first: 0,
         reserved_ports_count: 0,
+        node_addresses: 0x8000_0000_0000_0001,
+        udp_node_ports_first: 30_000,
+        udp_node_ports_last: 30_100,
+        _pad: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };

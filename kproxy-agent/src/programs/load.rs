@@ -358,6 +358,7 @@ pub fn pinned_maps() -> &'static [&'static str] {
         names::DROP_BUDGET,
         names::CONFIG,
         names::DEVICE,
+        names::MASQUERADED,
         names::OPTED_OUT,
         names::OWNER,
     ]

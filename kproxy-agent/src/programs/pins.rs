@@ -185,6 +185,7 @@ fn shape(map: &str) -> Option<(u32, u32)> {
         names::DROP_BUDGET => (4, size_of::<DropBudget>()),
         names::CONFIG => (4, size_of::<Config>()),
         names::DEVICE => (size_of::<DeviceKey>(), size_of::<DeviceAddresses>()),
+        names::MASQUERADED => (4, 8),
         names::OPTED_OUT => (8, size_of::<OptedOut>()),
         names::OWNER => (4, size_of::<Owner>()),
         _ => return None,

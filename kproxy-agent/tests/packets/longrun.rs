@@ -203,17 +203,22 @@ fn a_flood_that_is_answered_pushes_nobody_out() {
     with_standing(|world, standing| {
         let established = timeless(world.entries(map_names::FLOW));
         let mut dice = Dice::new(7);
+        let (mut answered, mut evicted) = (0, 0);
         for number in 0..FLOOD / 4 {
             let family = dice.of(&[Family::V4, Family::V6]);
             let protocol = dice.of(&[Protocol::Tcp, Protocol::Udp]);
             let client = Who::Client(2 + dice.below(250) as u8).at(family, 1 + dice.below(65_535) as u16);
             if let Some(forged) = Connection::ask(world, protocol, client, node_port(family, protocol)) {
-                assert!(forged.reply(world, SYN | ACK));
+                answered += 1;
+                evicted += u32::from(!forged.reply(world, SYN | ACK));
             }
             if number % 5_000 == 0 {
                 all_stand(world, standing, "in the flood");
             }
         }
+        // Once in a while a full LRU takes what it has just been given for old.
+        println!("{answered} openings that are answered; of {evicted} the entry was evicted before that");
+        assert!(answered > 10_000 && evicted * 100 < answered, "{evicted} of {answered}");
         all_stand(world, standing, "after the flood");
         assert_eq!(timeless(world.entries(map_names::FLOW)), established);
     });

@@ -19,6 +19,7 @@ mod map_fds;
 mod masks;
 mod messages;
 mod nat;
+mod node;
 mod parts;
 mod property;
 mod quotations;

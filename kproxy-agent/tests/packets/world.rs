@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData, PerCpuArray, PerCpuValues, ProgramArray},
+    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues, ProgramArray},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use kproxy::{
@@ -25,8 +25,8 @@ use kproxy::{
 };
 use kproxy_common::{
     Address, Behind, Cidr, Config, DeviceAddresses, Flow, FlowEnd, FlowKey, FlowStore as _, FlowTable, Hook,
-    IcmpMeta, IcmpVerdict, MAX_CIDRS, NOTE_EVERY, PACKET_PARTS, PacketMeta, PacketVerdict, Reason, elapsed,
-    follow_fragment, map_names, on_egress, on_icmp, on_ingress, on_other_protocol,
+    IcmpMeta, IcmpVerdict, MAX_CIDRS, NOTE_EVERY, PACKET_PARTS, PacketMeta, PacketVerdict, Protocol, Reason,
+    elapsed, follow_fragment, map_names, on_egress, on_icmp, on_ingress, on_other_protocol,
 };
 use nix::{
     sched::{CloneFlags, CpuSet, sched_getcpu, sched_setaffinity, unshare},
@@ -35,7 +35,7 @@ use nix::{
 
 use crate::{
     answers,
-    cluster::{CLUSTER_CIDRS, Family, NODE_NAME, SERVICE_CIDRS, Service, Who},
+    cluster::{CLUSTER_CIDRS, Family, NODE_NAME, Ports, SERVICE_CIDRS, Service, Who},
     frame::{Frame, Link},
     map_fds::fd_of,
 };
@@ -174,6 +174,13 @@ impl World {
             mask_ports_count: MASK_PORTS.1.into(),
             reserved_ports_first: MASK_PORTS.0.into(),
             reserved_ports_count: 100,
+            node_addresses: [Who::Node, Who::NodeAside]
+                .into_iter()
+                .flat_map(|who| [Family::V4, Family::V6].map(|family| Address::from(who.ip(family)).bit()))
+                .fold(0, |bits, bit| bits | bit),
+            udp_node_ports_first: Ports::of(Protocol::Udp).node_port(0),
+            udp_node_ports_last: Ports::of(Protocol::Udp).node_port(u8::MAX),
+            _pad: 0,
             service_cidrs: table(cidrs(SERVICE_CIDRS)),
             cluster_cidrs: table(cidrs(CLUSTER_CIDRS)),
         };
@@ -442,6 +449,11 @@ impl World {
         let mut map: HashMap<_, [u8; 40], [u8; 16]> = HashMap::try_from(map).expect("it is a hash");
         let keys: Vec<[u8; 40]> = map.keys().collect::<Result<_, _>>().expect("it can be read");
         keys.iter().for_each(|key| map.remove(key).expect("it is there"));
+        let map = self.programs.object().map_mut(map_names::MASQUERADED).expect("the map is in the object");
+        let mut map: Array<_, u64> = Array::try_from(map).expect("it is an array");
+        let set: Vec<u32> =
+            (0..map.len()).filter(|index| map.get(index, 0).is_ok_and(|word| word != 0)).collect();
+        set.iter().for_each(|index| map.set(*index, 0, 0).expect("it is in the array"));
         let devices = std::mem::take(&mut self.host.devices);
         self.host = Flows::default();
         self.host.devices = devices;

@@ -111,8 +111,8 @@ impl Flow {
         let mut flow = Self::read(bytes, state, ends)?;
         if flow.client_port == 0 {
             flow.client_port = match role {
-                Role::Request | Role::Forwarded => key.source_port,
-                Role::Return => flow.port,
+                Role::Request | Role::Forwarded | Role::NodeRequest => key.source_port,
+                Role::Return | Role::NodeReply => flow.port,
                 Role::Reply => key.destination_port,
             };
         }

@@ -2,8 +2,11 @@
 
 use super::{
     Decision, FlowTables, PacketMeta, PacketVerdict, Quick, in_service_cidr, ingress::objection, life, mask,
+    node, node_egress,
 };
-use crate::{ClientKind, FlowState, Hook, Protocol, Reason, Resolution, Role, Tables, resolve};
+use crate::{
+    ClientKind, FlowState, Hook, Protocol, Reason, Resolution, Role, Tables, decision::find, resolve,
+};
 
 /// A packet that goes out by the interface `device`: perhaps a client's that is to be masked there, perhaps the
 /// answer of a backend, perhaps something of this host that should have been translated before it got here.
@@ -13,6 +16,7 @@ pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) ->
         Quick::Verdict(verdict) => verdict,
         Quick::Known => known_egress(tables, packet, device),
         Quick::New => new_egress(tables, packet),
+        Quick::Node => node_egress(tables, packet),
     }
 }
 
@@ -20,12 +24,18 @@ pub fn on_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) ->
 #[inline(always)]
 pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        if flow.is_nodes() {
+            return node::quick(tables, packet, &flow, true);
+        }
         if packet.tcp.changes_nothing() && !life::is_due(tables, &flow) {
             return Quick::decided(flow.set_source());
         }
         return Quick::Known;
     }
     if let Some(flow) = tables.transient(packet, Hook::Egress) {
+        if flow.is_nodes() {
+            return node::quick(tables, packet, &flow, false);
+        }
         let is_reply = matches!(flow.role, Role::Reply);
         let is_known = if is_reply {
             !matches!(flow.state, FlowState::Opening) && packet.tcp.changes_nothing()
@@ -40,13 +50,27 @@ pub fn quick_egress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if !packet.may_open() {
         return Quick::decided(Decision::pass(Reason::NoFlow));
     }
-    super::quick_stranger(tables, packet, ClientKind::Host)
+    // Nothing leaves for a loopback address: who sends does not matter to whether it is for a frontend.
+    let is_passed = matches!(
+        find(tables, &packet.connection(ClientKind::Outside)),
+        Err(Resolution::Pass { reason: Reason::NotAService, .. })
+    );
+    if !is_passed {
+        return Quick::New;
+    }
+    match tables.config() {
+        Some(config) if node::concerns(tables, config, packet) => Quick::Node,
+        _ => Quick::decided(Decision::pass(Reason::NotAService)),
+    }
 }
 
 /// The part of [`on_egress`] that is for packets of a flow, wherever in it they stand.
 #[inline(always)]
 pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -> PacketVerdict {
     if let Some(flow) = tables.flow(packet, Hook::Egress) {
+        if flow.is_nodes() {
+            return node::known(tables, packet, &flow, true);
+        }
         if life::may_be_past(tables, packet, &flow) && life::give_way(tables, packet) {
             return Decision::pass(Reason::NotAService).into();
         }
@@ -57,6 +81,9 @@ pub fn known_egress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32)
         // It has just been evicted.
         return Decision::drop(Reason::NoFlow).into();
     };
+    if flow.is_nodes() {
+        return node::known(tables, packet, &flow, false);
+    }
     if life::may_be_past(tables, packet, &flow) && life::give_way(tables, packet) {
         return Decision::pass(Reason::NotAService).into();
     }

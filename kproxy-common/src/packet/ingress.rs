@@ -1,6 +1,6 @@
 //! Packets that come in: from clients to frontends, and from backends to the masks of clients.
 
-use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, entry, life, mask};
+use super::{Decision, FlowTables, New, PacketMeta, PacketVerdict, Quick, entry, life, mask, node};
 use crate::{
     Action, Address, Balance, Choice, ClientKind, Conversation, Ends, FlowState, Hook, REST, Reason,
     Resolution, Role, choose, is_masked, resolve,
@@ -15,6 +15,8 @@ pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -
     match quick_ingress(tables, packet).of_any_form() {
         Quick::Verdict(verdict) => verdict,
         Quick::Known => known_ingress(tables, packet),
+        // Said where packets leave.
+        Quick::Node => Decision::pass(Reason::NotAService).into(),
         Quick::New => match new_ingress(tables, packet, device) {
             New::Verdict(verdict) => verdict,
             New::Open(balance) => open_ingress(tables, packet, device, &balance),
@@ -26,6 +28,9 @@ pub fn on_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32) -
 #[inline(always)]
 pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.flow(packet, Hook::Ingress) {
+        if flow.is_nodes() {
+            return Quick::Known;
+        }
         if packet.tcp.changes_nothing() && !life::is_due(tables, &flow) {
             return Quick::decided(flow.set_destination());
         }
@@ -37,6 +42,9 @@ pub fn quick_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Quick {
     if let Some(flow) = tables.transient(packet, Hook::Ingress)
         && (!packet.tcp.opens() || !flow.ends.is_closed() || matches!(flow.role, Role::Return))
     {
+        if flow.is_nodes() {
+            return Quick::Known;
+        }
         if life::goes_on(packet, &flow) || life::is_transient_due(tables, packet, &flow) {
             return Quick::Known;
         }
@@ -64,9 +72,15 @@ pub fn answered_frontend<T: FlowTables>(tables: &T, packet: &PacketMeta) -> Opti
 #[inline(always)]
 pub fn known_ingress<T: FlowTables>(tables: &T, packet: &PacketMeta) -> PacketVerdict {
     let decision = if let Some(flow) = tables.flow(packet, Hook::Ingress) {
+        if flow.is_nodes() {
+            return node::known(tables, packet, &flow, true);
+        }
         life::advance(tables, packet, Hook::Ingress, &flow);
         flow.set_destination()
     } else if let Some(flow) = tables.transient(packet, Hook::Ingress) {
+        if flow.is_nodes() {
+            return node::known(tables, packet, &flow, false);
+        }
         if life::goes_on(packet, &flow) {
             life::go_on(tables, packet);
         } else if life::is_transient_due(tables, packet, &flow) {

@@ -300,7 +300,7 @@ pub(super) fn may_be_past<T: FlowTables>(tables: &T, packet: &PacketMeta, flow: 
     let may_be = match flow.role {
         Role::Forwarded => packet.tcp.opens(),
         Role::Reply => packet.tcp.accepts(),
-        Role::Request | Role::Return => false,
+        Role::Request | Role::Return | Role::NodeRequest | Role::NodeReply => false,
     };
     may_be && flow.ends.is_closed() && (flow.ends.is_done() || elapsed(tables.now(), flow.last_seen) >= QUIET)
 }

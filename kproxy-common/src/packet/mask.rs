@@ -25,26 +25,41 @@ pub(super) fn mask<T: FlowTables>(tables: &T, packet: &PacketMeta, device: u32, 
     let start = packet.hash(config.hash_seed);
     let found = tables.with_transient(packet, Hook::Egress, |flow| {
         flow.mask = address;
-        let mut tries = 0;
-        while tries < TRIES {
-            flow.mask_port = port(config, start, tries, tries < RESERVED_TRIES);
-            if tables.take_return(flow, rest(tries, TRIES)) {
-                tables.act(flow, Role::Request, Action::Put);
-                tables.act(flow, Role::Forwarded, Action::Put);
-                tables.act(flow, Role::Reply, Action::Put);
-                masked.address = address;
-                masked.port = flow.mask_port;
-                return true;
-            }
-            tries += 1;
+        if !choose_port(tables, config, start, flow) {
+            return false;
         }
-        false
+        tables.note_masqueraded(&flow.backend, flow.backend_port);
+        tables.act(flow, Role::Request, Action::Put);
+        tables.act(flow, Role::Forwarded, Action::Put);
+        tables.act(flow, Role::Reply, Action::Put);
+        masked.address = address;
+        masked.port = flow.mask_port;
+        true
     });
     match found {
         Some(true) => Reason::Forwarded,
         Some(false) => Reason::MaskPortsExhausted,
         None => Reason::NoFlow,
     }
+}
+
+/// Gives a flow that has a mask, and is what `tables` have handed out, a port towards its backend; whether one was found.
+#[inline(always)]
+pub(super) fn choose_port<T: FlowTables>(
+    tables: &T,
+    config: &Config,
+    start: u32,
+    flow: &mut Conversation,
+) -> bool {
+    let mut tries = 0;
+    while tries < TRIES {
+        flow.mask_port = port(config, start, tries, tries < RESERVED_TRIES);
+        if tables.take_return(flow, rest(tries, TRIES)) {
+            return true;
+        }
+        tries += 1;
+    }
+    false
 }
 
 /// The backend's answers to this client and port belong to another frontend: gives the client another port of its own

@@ -48,6 +48,7 @@ fn carry_out(ctx: &TcContext, packet: &Rewrite<'_>, verdict: PacketVerdict) -> R
             set_destination(packet, &address, port, client_port)
         }
         PacketVerdict::SetSource { address, port, client_port } => {
+            mark::translated(ctx);
             set_source(packet, &address, port, client_port)
         }
     };

@@ -14,7 +14,7 @@ use super::{
     parse::{IPV4_HEADER, IPV6_HEADER, Parsed, Unusual, Version, ip_version, reach_all, transport},
     steer,
 };
-use crate::kernel::KERNEL;
+use crate::{kernel::KERNEL, mark};
 
 /// How many extension headers are followed: each of those that Linux itself sends, and one more.
 const EXTENSION_HEADERS: u32 = 6;
@@ -81,6 +81,8 @@ pub fn go_on(ctx: &TcContext, hook: Hook) -> i32 {
     };
     match quick.of_any_form() {
         Quick::New => call(ctx, new),
+        Quick::Node if mark::is_translated(ctx) => next(Reason::NotAService),
+        Quick::Node => call(ctx, Part::OutNode),
         Quick::Known => call(ctx, known),
         Quick::Verdict(PacketVerdict::Pass { reason })
             if matches!(hook, Hook::Ingress) && steer::routes_by_source() =>

@@ -161,7 +161,7 @@ pub fn bridges() -> Finding {
     }
 }
 
-/// A socket that is given a port with which a client is masked loses its answers, or the client its.
+/// A socket that is given a port with which a client is masqueraded towards the same backend gets another one there.
 pub fn reserved_ports() -> Finding {
     let check = "reserved ports";
     let (first, count) = RESERVED_PORTS;
@@ -180,8 +180,9 @@ pub fn reserved_ports() -> Finding {
             let separator = if reserved.trim().is_empty() { "" } else { "," };
             let all = format!("{}{separator}{range}", reserved.trim());
             let detail = format!(
-                "{range} are not reserved and cannot be from here: a socket of this host that is given one can lose answers to a \
-                 masked client: sysctl -w net.ipv4.ip_local_reserved_ports={all}"
+                "{range} are not reserved and cannot be from here: clients are masqueraded with these first, and a socket of \
+                 this host that is given one that a client has towards the same backend is seen there by another port: \
+                 sysctl -w net.ipv4.ip_local_reserved_ports={all}"
             );
             finding(check, Status::Warning, detail)
         }

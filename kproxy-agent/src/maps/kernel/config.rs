@@ -15,6 +15,9 @@ const _: () = {
     assert!(offset_of!(Config, mask_ports_count) == offset_of!(Config, mask_ports_first) + 4);
     assert!(offset_of!(Config, reserved_ports_count) == offset_of!(Config, reserved_ports_first) + 4);
     assert!(offset_of!(Config, reserved_ports_first).is_multiple_of(8));
+    assert!(offset_of!(Config, udp_node_ports_last) == offset_of!(Config, udp_node_ports_first) + 2);
+    assert!(offset_of!(Config, _pad) == offset_of!(Config, udp_node_ports_first) + 4);
+    assert!(offset_of!(Config, udp_node_ports_first).is_multiple_of(8));
     assert!(offset_of!(Config, loopback_node_ports).is_multiple_of(8));
     assert!(offset_of!(Config, routes_by_source) == offset_of!(Config, loopback_node_ports) + 2);
     assert!(offset_of!(Config, mask_ports_first).is_multiple_of(8));
@@ -45,6 +48,10 @@ impl KernelMaps {
             mask_ports_count,
             reserved_ports_first,
             reserved_ports_count,
+            node_addresses,
+            udp_node_ports_first,
+            udp_node_ports_last,
+            _pad,
             service_cidrs,
             cluster_cidrs,
         } = wanted;
@@ -60,6 +67,10 @@ impl KernelMaps {
         self.number(offset_of!(Config, mask_ports_first), pair(*mask_ports_first, *mask_ports_count))?;
         let reserved = pair(*reserved_ports_first, *reserved_ports_count);
         self.number(offset_of!(Config, reserved_ports_first), reserved)?;
+        self.number(offset_of!(Config, node_addresses), *node_addresses)?;
+        let ([a, b], [c, d]) = (udp_node_ports_first.to_ne_bytes(), udp_node_ports_last.to_ne_bytes());
+        let udp_node_ports = pair(u32::from_ne_bytes([a, b, c, d]), *_pad);
+        self.number(offset_of!(Config, udp_node_ports_first), udp_node_ports)?;
         let lists = [
             (offset_of!(Config, service_cidrs), service_cidrs),
             (offset_of!(Config, cluster_cidrs), cluster_cidrs),

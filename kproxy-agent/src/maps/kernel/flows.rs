@@ -157,7 +157,10 @@ impl FlowMaps {
         let (mut key, mut flow) = (FlowKey::EMPTY, Flow::EMPTY);
         whole.write_entry(role, &mut key, &mut flow);
         for table in FlowTable::BOTH {
-            if let Some(found) = self.get(table, &key)? {
+            // Flows of the node and those of Services have the same keys.
+            if let Some(found) = self.get(table, &key)?
+                && found.role == role
+            {
                 return Ok(Some((table, key, found)));
             }
         }

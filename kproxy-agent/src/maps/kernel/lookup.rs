@@ -144,6 +144,7 @@ impl KernelMaps {
         let mut bytes = [0; size_of::<Config>()];
         self.config.read(0, 0, &mut bytes).map_err(failed(map_names::CONFIG))?;
         let u32_of = |at: usize| u32_at(&bytes, at).unwrap_or(0);
+        let u16_of = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let u64_of = |at: usize| u64::from(u32_of(at)) | u64::from(u32_of(at + 4)) << 32;
         let cidrs = |at: usize| {
             let mut cidrs = [Cidr::NONE; MAX_CIDRS];
@@ -170,6 +171,10 @@ impl KernelMaps {
             mask_ports_count: u32_of(offset_of!(Config, mask_ports_count)),
             reserved_ports_first: u32_of(offset_of!(Config, reserved_ports_first)),
             reserved_ports_count: u32_of(offset_of!(Config, reserved_ports_count)),
+            node_addresses: u64_of(offset_of!(Config, node_addresses)),
+            udp_node_ports_first: u16_of(offset_of!(Config, udp_node_ports_first)),
+            udp_node_ports_last: u16_of(offset_of!(Config, udp_node_ports_last)),
+            _pad: 0,
             service_cidrs: cidrs(offset_of!(Config, service_cidrs)),
             cluster_cidrs: cidrs(offset_of!(Config, cluster_cidrs)),
         })

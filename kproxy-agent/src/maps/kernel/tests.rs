@@ -195,6 +195,10 @@ fn the_configuration_is_written_where_it_differs() {
         mask_ports_count: 2_000,
         reserved_ports_first: 31_000,
         reserved_ports_count: 500,
+        node_addresses: 0x8000_0000_0000_0001,
+        udp_node_ports_first: 30_000,
+        udp_node_ports_last: 30_100,
+        _pad: 0,
         service_cidrs: [Cidr::NONE; MAX_CIDRS],
         cluster_cidrs: [Cidr::NONE; MAX_CIDRS],
     };
@@ -246,6 +250,11 @@ fn bytes_of(config: &Config) -> Vec<u8> {
     bytes.extend([config.mask_ports_first, config.mask_ports_count].into_iter().flat_map(u32::to_ne_bytes));
     let reserved = [config.reserved_ports_first, config.reserved_ports_count];
     bytes.extend(reserved.into_iter().flat_map(u32::to_ne_bytes));
+    bytes.extend(config.node_addresses.to_ne_bytes());
+    bytes.extend(
+        [config.udp_node_ports_first, config.udp_node_ports_last].into_iter().flat_map(u16::to_ne_bytes),
+    );
+    bytes.extend(config._pad.to_ne_bytes());
     for cidr in config.service_cidrs.iter().chain(&config.cluster_cidrs) {
         bytes.extend(cidr.address().octets());
         bytes.extend(cidr.prefix_length().to_ne_bytes());

@@ -9,7 +9,7 @@ use kproxy_common::{
     Action, Address, AddressKind, AffinityKey, AffinityValue, Backend, BackendSlots, Block, ClientKind,
     Config, Conversation, Counters, DeviceAddresses, Flow, FlowKey, FlowStore, FlowTable, FlowTables,
     FragmentKey, FragmentPorts, FrontendKey, Hit, Hook, PacketMeta, Role, ServiceIdentity, Side, WAITING,
-    flow_store as store,
+    flow_store as store, masqueraded_index,
 };
 
 use crate::plan::{Tables, View};
@@ -30,6 +30,7 @@ pub struct Flows {
     waiting: RefCell<VecDeque<FlowKey>>,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
+    masqueraded: RefCell<BTreeSet<u32>>,
     counters: RefCell<BTreeMap<u32, Counters>>,
 }
 
@@ -273,6 +274,14 @@ impl FlowTables for FlowView<'_> {
 
     fn has_socket(&self, whole: &Conversation) -> bool {
         self.flows.sockets.contains(&(whole.mask, whole.mask_port))
+    }
+
+    fn masquerades_towards(&self, address: &Address, port: u16) -> bool {
+        self.flows.masqueraded.borrow().contains(&masqueraded_index(address, port))
+    }
+
+    fn note_masqueraded(&self, address: &Address, port: u16) {
+        self.flows.masqueraded.borrow_mut().insert(masqueraded_index(address, port));
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {

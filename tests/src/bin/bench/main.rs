@@ -8,6 +8,7 @@ mod arms;
 mod connections;
 mod kube_proxy;
 mod load;
+mod masquerade;
 mod objects;
 mod options;
 mod print;
@@ -61,6 +62,16 @@ fn inside(run: &Run, options: &Options) -> ExitCode {
                 Ok(assets) => are_steady &= kube_proxy::measure(ctx, options, &assets)?,
                 Err(error) if !options.must(Part::KubeProxy) => {
                     println!("\nskipped: the comparison with kube-proxy: {error:#}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        ctx.forget_labs();
+        if options.does(Part::Masquerade) {
+            match kube_proxy::binaries() {
+                Ok(assets) => masquerade::measure(ctx, &assets)?,
+                Err(error) if !options.must(Part::Masquerade) => {
+                    println!("\nskipped: masqueraded clients beside kube-proxy: {error:#}");
                 }
                 Err(error) => return Err(error),
             }

@@ -6,12 +6,14 @@ Measures in the lab what kproxy costs, and prints tables: a first load of many S
 endpoint, memory, the size of the programs; and connections through a ClusterIP as ratios to the same
 pod asked directly, one arm after the other in every round.
 
-Usage: cargo xtask bench [load|api|connections|kube-proxy] [--rounds N] [--services N]
+Usage: cargo xtask bench [load|api|connections|kube-proxy|masquerade] [--rounds N] [--services N]
 
   load           only what loading and changing costs
   api            only how long a change takes from a kube-apiserver to the map
   connections    only the ratios
   kube-proxy     only what a real kube-proxy is beside: ratios to it, from inside and outside
+  masquerade     only clients that are masqueraded, beside a real kube-proxy: how long they wait for
+                 connections, and how many are held at once
   --rounds N     rounds of the ratios, 40 or more [default: 150]
   --services N   how many Services `many` is, of ten endpoints each [default: 10000]
   --help         print this
@@ -26,6 +28,7 @@ pub enum Part {
     Api,
     Connections,
     KubeProxy,
+    Masquerade,
 }
 
 /// How it is measured.
@@ -49,6 +52,7 @@ impl Options {
                 "api" => options.only = Some(Part::Api),
                 "connections" => options.only = Some(Part::Connections),
                 "kube-proxy" => options.only = Some(Part::KubeProxy),
+                "masquerade" => options.only = Some(Part::Masquerade),
                 "--rounds" => options.rounds = number(&argument, arguments.next(), 40..=10_000)?,
                 "--services" => options.services = number(&argument, arguments.next(), 1..=16_000)?,
                 _ => return Err(format!("there is no argument {argument}")),

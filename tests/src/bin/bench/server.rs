@@ -45,7 +45,7 @@ pub fn start(pod: &Member) -> Result<()> {
 }
 
 /// A queue that a whole batch of connections fits into.
-fn deepen(listener: &TcpListener) -> Result<()> {
+pub fn deepen(listener: &TcpListener) -> Result<()> {
     let backlog = nix::sys::socket::Backlog::MAXCONN;
     nix::sys::socket::listen(&listener.as_fd(), backlog).context("cannot lengthen the listener's queue")
 }
