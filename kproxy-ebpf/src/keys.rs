@@ -116,7 +116,10 @@ fn for_flow(action: Action) -> u64 {
     // SAFETY: the element is this CPU's, as long as the structure; whoever calls has put a flow
     // there, and waits.
     let whole = unsafe { &(*place.cast::<maps::Scratch>()).whole };
-    u64::from(store::for_all(whole, |role| act(whole, role, action)))
+    u64::from(match action {
+        Action::Keep(..) => store::keep_all(whole, |role| act(whole, role, action)),
+        _ => store::for_all(whole, |role| act(whole, role, action)),
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -116,6 +116,18 @@ pub fn for_all(whole: &Conversation, act: impl Fn(Role) -> bool) -> bool {
     done
 }
 
+/// The same where entries may be missing: one that hides a client is put back only while the flow
+/// holds its port. Once that was evicted, another flow may have it.
+#[inline(always)]
+pub fn keep_all(whole: &Conversation, act: impl Fn(Role) -> bool) -> bool {
+    let done = act(Role::Request);
+    act(Role::Reply);
+    if whole.is_masked() && act(Role::Return) {
+        act(Role::Forwarded);
+    }
+    done
+}
+
 /// The tables of flows: all that is ever done to them.
 pub trait FlowStore {
     /// What `read` says of the entry under a key, if there is one. Where it stands: a program's

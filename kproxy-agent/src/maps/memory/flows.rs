@@ -231,7 +231,10 @@ impl FlowTables for FlowView<'_> {
     }
 
     fn act_all(&self, whole: &Conversation, action: Action) -> bool {
-        store::for_all(whole, |role| self.act(whole, role, action))
+        match action {
+            Action::Keep(..) => store::keep_all(whole, |role| self.act(whole, role, action)),
+            _ => store::for_all(whole, |role| self.act(whole, role, action)),
+        }
     }
 
     fn occupant(&self, whole: &Conversation, role: Role) -> Option<Hit> {
