@@ -102,6 +102,7 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
 
     let (sender, mut device_events) = mpsc::channel(4);
     let mut watcher = tokio::spawn(devices::watch(sender));
+    let mut filter_events = devices::watch_filters().context("cannot listen for changes of filters")?;
     let first = device_events.recv().await.context("cannot follow the interfaces")?;
     let (sender, mut rule_events) = mpsc::channel(4);
     let (own_rules, wanted_rules) = watch::channel(None);
@@ -184,7 +185,8 @@ async fn serve(common: &Common, args: &AgentArgs) -> Result<()> {
                 None => return (&mut rule_watcher).await.context("the routing rules are no longer followed")?,
             },
             () = wait_until(timer) => agent.sync()?,
-            _ = look_again.tick() => agent.look_at_bridges(),
+            _ = look_again.tick() => agent.look_again(),
+            Some(()) = filter_events.recv() => agent.verify_attached(),
             () = wait_until_instant(agent.listeners.next_look()) => agent.look_at_listeners()?,
             () = wait_until_instant(agent.flows.next_step()) => agent.flows.step(agent.telemetry.metrics()),
             _ = stop.recv() => break,
@@ -469,6 +471,25 @@ impl Agent<'_> {
             self.attached.forget_earlier_parts();
         }
         self.failed_devices = failed;
+    }
+
+    fn look_again(&mut self) {
+        self.look_at_bridges();
+        self.verify_attached();
+    }
+
+    /// Puts back what somebody has taken off, and tries again what could not be attached.
+    fn verify_attached(&mut self) {
+        if !self.is_attached {
+            return;
+        }
+        let before = self.attached.device_count();
+        for what in self.attached.verify(&mut self.programs, &self.cgroup) {
+            tracing::warn!("somebody has taken off {what}: attached again");
+        }
+        if !self.failed_devices.is_empty() || self.attached.device_count() != before {
+            self.attach_devices();
+        }
     }
 
     /// Notices that somebody has set what netfilter sees of bridges: of that the kernel tells nobody.

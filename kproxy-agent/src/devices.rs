@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use futures::{StreamExt as _, TryStreamExt as _};
+use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, protocols::NETLINK_ROUTE};
 use rtnetlink::{
     MulticastGroup, new_multicast_connection,
     packet_route::{
@@ -227,6 +228,34 @@ pub async fn watch(sender: mpsc::Sender<Devices>) -> Result<()> {
         }
     }
 }
+
+/// Says so whenever filters or qdiscs of any interface have changed (RTNLGRP_TC). Links of TCX are not told of.
+pub fn watch_filters() -> Result<mpsc::Receiver<()>> {
+    /// Others change many at once: they are looked at together.
+    const SETTLE: Duration = Duration::from_millis(100);
+    let mut socket = netlink_sys::TokioSocket::new(NETLINK_ROUTE)?;
+    socket.socket_mut().bind_auto()?;
+    socket.socket_mut().add_membership(RTNLGRP_TC)?;
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            // What has changed is looked for anyway; where messages were lost, too.
+            if socket.recv_from_full().await.is_err_and(|error| error.raw_os_error() != Some(libc::ENOBUFS)) {
+                // The regular look goes on.
+                return;
+            }
+            let settled = Instant::now() + SETTLE;
+            while tokio::time::timeout_at(settled, socket.recv_from_full()).await.is_ok() {}
+            if sender.send(()).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(receiver)
+}
+
+/// From `linux/rtnetlink.h`.
+const RTNLGRP_TC: u32 = 4;
 
 /// All interfaces as they are now, for a command that does nothing else meanwhile.
 pub fn list_now() -> Result<Devices> {

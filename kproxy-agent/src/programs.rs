@@ -5,13 +5,14 @@
 //! is ever detached in between), after the maps are filled.
 
 mod attach;
+pub mod filters;
 mod load;
 mod pins;
 mod refusal;
 mod sockets;
 mod sys;
 
-pub use attach::{Attached, DeviceProgram, Hook, detach, remove_clsact};
+pub use attach::{Attached, DeviceProgram, Hook, detach, is_packet_program};
 pub use load::{
     Capacities, DeviceMask, Features, LoadError, OBJECT, Programs, check_bpf_root, check_on_bpffs,
     has_set_retval, has_tcx, pinned_maps,

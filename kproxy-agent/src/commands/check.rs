@@ -2,6 +2,7 @@
 
 mod behaviour;
 mod node;
+mod order;
 
 use std::path::Path;
 
@@ -88,6 +89,7 @@ pub fn run(common: &Common, args: &CheckArgs) -> Result<()> {
         node::bridges(),
         node::reserved_ports(),
         node::forwarding(),
+        asked("order of packet hooks", order::packet_hooks),
         behaviour::early_rules(&common.bpf_root),
         behaviour::ipsec(),
         behaviour::in_kernel_clients(),

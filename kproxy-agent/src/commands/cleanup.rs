@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     cli::{CleanupArgs, Common},
     devices, firewall, node,
-    programs::{self, remove_clsact},
+    programs::{self, filters},
     source_routes,
 };
 
@@ -47,8 +47,11 @@ fn withdraw_rules() -> usize {
 }
 
 fn remove_filters() -> Result<usize> {
-    let devices = devices::list_now()?;
-    Ok(devices.values().map(|device| remove_clsact(&device.name)).sum())
+    let mut removed = 0;
+    for (index, device) in devices::list_now()? {
+        removed += filters::remove(&device.name, index)?;
+    }
+    Ok(removed)
 }
 
 /// Removes what is pinned in `folder` under names that `ours` knows, and the folder if it is then empty.

@@ -12,15 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use aya::programs::{
-    CgroupAttachMode, LinkOrder, Program, SchedClassifier, TcAttachType,
-    links::FdLink,
-    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
-};
+use aya::programs::{CgroupAttachMode, LinkOrder, Program, TcAttachType, links::FdLink, tc::TcAttachOptions};
 
 use super::{
+    filters,
     load::Programs,
-    sys::{link_detach, link_target, link_update, open_pin},
+    sys::{link_detach, link_info, link_update, open_pin},
 };
 
 /// One packet hook of an interface.
@@ -56,9 +53,15 @@ const SOCKET_HOOKS: [&str; 8] =
 /// How pins of the parts of packet programs begin.
 const PARTS: &str = "parts_";
 
-/// Of the filters on a clsact qdisc. Two handles: the new filter is in place before the old one goes.
-const CLSACT_PRIORITY: u16 = 1;
-const CLSACT_HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x6b70), TcHandle::new(0, 0x6b71)];
+/// The programs of packet hooks, which no one else's are called; the last three were an earlier version's, whose filters
+/// are taken over.
+const PACKET_HOOKS: [&str; 7] =
+    ["in_eth", "in_ip", "out_eth", "out_ip", "pod_in_eth", "outside_in_eth", "outside_in_ip"];
+
+/// Whether a program of this name is one of kproxy's on an interface.
+pub fn is_packet_program(name: &str) -> bool {
+    PACKET_HOOKS.contains(&name)
+}
 
 /// What is attached, and where its links are pinned.
 pub struct Attached {
@@ -166,6 +169,63 @@ impl Attached {
         failed
     }
 
+    /// Looks whether everything is still attached as it was left, and attaches again what somebody has taken off: links
+    /// that were detached or whose pins are gone, filters that were deleted, alone or with their qdisc. What was put
+    /// back, by name; an interface that cannot be mended is tried anew by [`devices`](Self::devices).
+    pub fn verify(&mut self, programs: &mut Programs, cgroup: &Path) -> Vec<String> {
+        let mut mended = Vec::new();
+        match self.missing_socket_hooks(programs, cgroup) {
+            Ok(missing) if missing.is_empty() => {}
+            Ok(missing) => match self.socket_hooks(programs, cgroup) {
+                Ok(()) => mended.push(format!("{} of the cgroup {}", missing.join(", "), cgroup.display())),
+                Err(error) => {
+                    tracing::error!("socket hooks that were taken off cannot be put back: {error:#}")
+                }
+            },
+            Err(error) => {
+                tracing::error!("it cannot be seen whether the socket hooks are attached: {error:#}")
+            }
+        }
+        for (index, (device, variant)) in self.devices.clone() {
+            let missing: Vec<&str> = [Hook::Egress, Hook::Ingress]
+                .into_iter()
+                .map(|hook| (hook, variant.name(hook)))
+                .filter(|(hook, name)| !self.is_in_place(programs, index, *hook, name).unwrap_or(false))
+                .map(|(_, name)| name)
+                .collect();
+            // One that has just gone is told by rtnetlink.
+            if missing.is_empty() || nix::net::if_::if_nametoindex(device.as_str()).ok() != Some(index) {
+                continue;
+            }
+            match self.device(programs, index, &device, variant) {
+                Ok(()) => mended.push(format!("{} of the interface {device}", missing.join(", "))),
+                Err(_) => _ = self.devices.remove(&index),
+            }
+        }
+        mended
+    }
+
+    fn missing_socket_hooks(&self, programs: &Programs, cgroup: &Path) -> Result<Vec<&'static str>> {
+        let id = fs::metadata(cgroup).with_context(|| format!("cannot look at {}", cgroup.display()))?.ino();
+        let mut missing = Vec::new();
+        for name in SOCKET_HOOKS {
+            let program = programs.ebpf.program(name).context("a program is missing from this binary")?;
+            if !leads_to(&self.links.join(name), true, id, program.info()?.id()) {
+                missing.push(name);
+            }
+        }
+        Ok(missing)
+    }
+
+    fn is_in_place(&self, programs: &Programs, index: u32, hook: Hook, name: &str) -> Result<bool> {
+        let program = programs.ebpf.program(name).context("a program is missing from this binary")?;
+        let id = program.info()?.id();
+        if self.use_clsact {
+            return Ok(filters::is_in_place(index, hook, id)?);
+        }
+        Ok(leads_to(&self.pin(index, hook), false, index.into(), id))
+    }
+
     /// How many interfaces have packet hooks.
     pub fn device_count(&self) -> usize {
         self.devices.len()
@@ -182,8 +242,11 @@ impl Attached {
             let others: BTreeMap<u32, &str> = all.filter(|(index, _)| !present.contains_key(index)).collect();
             self.without_filters.retain(|index| others.contains_key(index));
             for (index, name) in others {
-                if self.without_filters.insert(index) {
-                    remove_clsact(name);
+                if !self.without_filters.contains(&index) {
+                    match filters::remove(name, index) {
+                        Ok(_) => _ = self.without_filters.insert(index),
+                        Err(error) => tracing::warn!(interface = name, "{error:#}"),
+                    }
                 }
             }
         }
@@ -215,7 +278,7 @@ impl Attached {
                 bail!("the program {name} is missing from this binary: it was built wrongly");
             };
             if self.use_clsact {
-                attach_clsact(program, device, hook)?;
+                filters::put(program, device, index, hook)?;
                 continue;
             }
             let pin = self.pin(index, hook);
@@ -248,7 +311,10 @@ impl Attached {
         if self.use_clsact
             && let Some((name, _)) = self.devices.get(&index)
         {
-            remove_clsact(name);
+            // Mostly it is gone, and its filters with it.
+            if let Err(error) = filters::remove(name, index) {
+                tracing::warn!(interface = name.as_str(), "{error:#}");
+            }
         }
         self.devices.remove(&index);
     }
@@ -262,19 +328,6 @@ impl Attached {
     }
 }
 
-/// Removes kproxy's filters from the clsact qdisc of an interface; how many there were.
-pub fn remove_clsact(device: &str) -> usize {
-    let mut removed = 0;
-    for hook in [Hook::Ingress, Hook::Egress] {
-        for handle in CLSACT_HANDLES {
-            let link =
-                SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, handle, None);
-            removed += usize::from(link.is_ok_and(|link| aya::programs::Link::detach(link).is_ok()));
-        }
-    }
-    removed
-}
-
 /// Detaches the link pinned at `pin`, if it is one that can be: what else is pinned is left as it is.
 pub fn detach(pin: &Path) {
     if let Ok(link) = open_pin(pin)
@@ -285,6 +338,13 @@ pub fn detach(pin: &Path) {
     }
 }
 
+/// Whether the link pinned at `pin` is attached to `target` and runs the program with this id.
+fn leads_to(pin: &Path, is_cgroup: bool, target: u64, program: u32) -> bool {
+    open_pin(pin)
+        .and_then(|link| link_info(link.as_fd(), is_cgroup))
+        .is_ok_and(|found| found == (target, program))
+}
+
 /// Puts `program` into the link pinned at `pin`. `false`: there is none, or it leads elsewhere.
 fn exchange(pin: &Path, program: BorrowedFd<'_>, is_cgroup: bool, target: u64) -> Result<bool> {
     if !pin.exists() {
@@ -293,7 +353,7 @@ fn exchange(pin: &Path, program: BorrowedFd<'_>, is_cgroup: bool, target: u64) -
     let Ok(link) = open_pin(pin) else {
         return Ok(false);
     };
-    if link_target(link.as_fd(), is_cgroup).ok() != Some(target) {
+    if link_info(link.as_fd(), is_cgroup).ok().map(|(leads_to, _)| leads_to) != Some(target) {
         return Ok(false);
     }
     link_update(link.as_fd(), program)
@@ -314,33 +374,25 @@ fn replace_pin(link: FdLink, pin: &Path) -> Result<()> {
     fs::rename(&beside, pin).with_context(|| format!("cannot pin a link at {}", pin.display()))
 }
 
-fn attach_type(hook: Hook) -> TcAttachType {
+pub(super) fn attach_type(hook: Hook) -> TcAttachType {
     match hook {
         Hook::Ingress => TcAttachType::Ingress,
         Hook::Egress => TcAttachType::Egress,
     }
 }
 
-fn attach_clsact(program: &mut SchedClassifier, device: &str, hook: Hook) -> Result<()> {
-    // It is there already on most nodes.
-    let _ = aya::programs::tc::qdisc_add_clsact(device);
-    for (place, handle) in CLSACT_HANDLES.into_iter().enumerate() {
-        let options =
-            TcAttachOptions::Netlink(NlOptions { priority: CLSACT_PRIORITY, handle, ..NlOptions::default() });
-        let Ok(id) = program.attach_with_options(device, attach_type(hook), options) else {
-            continue;
-        };
-        // The filter belongs to the interface, not to this process.
-        std::mem::forget(program.take_link(id)?);
-        let other = CLSACT_HANDLES[1 - place];
-        if let Ok(old) =
-            SchedClassifierLink::attached(device, attach_type(hook), CLSACT_PRIORITY, other, None)
-        {
-            drop(old);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_packet_hook_is_known_by_its_name() {
+        for hook in [Hook::Ingress, Hook::Egress] {
+            for has_ethernet_header in [false, true] {
+                let program = DeviceProgram { has_ethernet_header };
+                assert!(is_packet_program(program.name(hook)), "{hook:?} {program:?}");
+            }
         }
-        return Ok(());
+        assert!(!is_packet_program("cil_from_netdev"));
     }
-    bail!(
-        "cannot add a filter to the clsact qdisc of the interface {device}: both of kproxy's handles are taken"
-    )
 }

@@ -125,8 +125,8 @@ pub fn iterate(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// What a link is attached to: the cgroup's id (its inode), or for packet hooks the interface's index, which
-/// is 0 once the interface is gone.
-pub fn link_target(link: BorrowedFd<'_>, is_cgroup: bool) -> io::Result<u64> {
+/// is 0 once the interface is gone. Both are 0 for a link that somebody has detached. And the id of its program.
+pub fn link_info(link: BorrowedFd<'_>, is_cgroup: bool) -> io::Result<(u64, u32)> {
     // SAFETY: the structure holds integers only, for which zero is a value.
     let mut info: LinkInfo = unsafe { zeroed() };
     let attr = GetInfo {
@@ -135,7 +135,8 @@ pub fn link_target(link: BorrowedFd<'_>, is_cgroup: bool) -> io::Result<u64> {
         info: std::ptr::from_mut(&mut info) as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &attr)?;
-    Ok(if is_cgroup { info.target } else { info.target & u64::from(u32::MAX) })
+    let target = if is_cgroup { info.target } else { info.target & u64::from(u32::MAX) };
+    Ok((target, info.program))
 }
 
 /// The cookie of the network namespace that this process is in; `None` where the kernel cannot tell (before
