@@ -19,6 +19,7 @@ use crate::opted_out::{Seen, becomes, pod_object};
 pub const SCENARIOS: &[Scenario] = &[
     ("kubernetes::kubectl_changes_what_a_connection_does", connections),
     ("kubernetes::nothing_is_written_before_all_lists", all_lists),
+    ("kubernetes::an_odd_object_harms_no_other", odd_objects),
 ];
 
 const NODE_PORT: u16 = 30_080;
@@ -243,6 +244,11 @@ fn all_lists(ctx: &Context) -> Result<()> {
     let client = Client::at(lab.pod("a1")?)?;
     let to = SocketAddr::new(cluster_ip(10, Family::V4), 80);
     client.gets_silence(Transport::Tcp, to)?;
+    for path in ["healthz", "readyz"] {
+        let (status, body) = asked(node, path)?;
+        ensure!(status == 503 && body.contains("the first full lists"), "{path}: {status} {body}");
+    }
+    ensure!(asked(node, "livez")?.0 == 200, "a restart would mend nothing");
     let frontends = dumps::dump(node, "frontend")?;
     ensure!(!frontends.contains("\"key\""), "it wrote before it knew all: {frontends}");
     ensure!(!agent.log().iter().any(|line| line.message == "synced"), "it says that it is synced");
@@ -251,6 +257,9 @@ fn all_lists(ctx: &Context) -> Result<()> {
     allow("slices", "endpointslices.discovery.k8s.io")?;
     agent.wait_log("the agent being synced", DEADLINE * 3, |line| line.message == "synced")?;
     client.reaches(Transport::Tcp, to, &["a2"])?;
+    for path in ["healthz", "readyz"] {
+        eventually(path, || Ok((asked(node, path)?.0 == 200).then_some(())))?;
+    }
 
     // Taken away again: the next agent has nothing to say, and takes nothing away.
     control.kubectl(&["delete", "clusterrolebinding", "slices"])?.success()?;
@@ -259,6 +268,85 @@ fn all_lists(ctx: &Context) -> Result<()> {
         is_complaint(line) && line.mentions("endpointslices")
     })?;
     client.reaches(Transport::Tcp, to, &["a2"])
+}
+
+/// What is legal to the API server and unlike all that is common: the Service of Kubernetes' conformance test, whose
+/// status has a condition without a time, and values that nobody knows yet. Each costs what it stands in at most, for
+/// an agent that runs, and for one that starts with them there.
+fn odd_objects(ctx: &Context) -> Result<()> {
+    let mut cluster = start(ctx)?;
+    let client = cluster.client()?;
+    let a2 = cluster.lab.pod("a2")?.clone();
+    let _server = a2.echo(TARGET)?;
+    let odd = Service::new("odd", 20).tcp(80, TARGET).udp(80, TARGET).pods(&[&a2]);
+    cluster.apply(&odd)?;
+    cluster.reaches_soon(&client, SocketAddr::new(odd.cluster_ip(Family::V4), 80), "a2")?;
+    let patched = |what: &str, name: &str, patch: &str| {
+        let arguments = ["patch", what, name, "--subresource=status", "--type=merge", "-p", patch];
+        cluster.control.kubectl(&arguments)?.success()
+    };
+    cluster.agent.mark();
+    patched(
+        "service",
+        "odd",
+        r#"{"status": {"conditions": [{"type": "StatusUpdate", "status": "True", "reason": "E2E",
+            "message": "Set from e2e test", "lastTransitionTime": null}]}}"#,
+    )?;
+    let written = cluster.control.kubectl(&["get", "service", "odd", "-o", "json"])?.success()?;
+    ensure!(written.contains("\"lastTransitionTime\": null"), "the API server has it otherwise: {written}");
+    // What a later Kubernetes may write.
+    patched(
+        "node",
+        "node-a",
+        r#"{"status": {"addresses": [{"type": "FutureIP", "address": "fd00::/8"}, {"type": "InternalIP", "address": ""}],
+            "conditions": [{"type": "Future", "status": "Perhaps", "lastTransitionTime": null}]}}"#,
+    )?;
+    cluster
+        .control
+        .kubectl(&["annotate", "service", "odd", "kubernetes.io/elb.pass-through=perhaps"])?
+        .success()?;
+    cluster.control.apply(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: odd}\ndata: {spec: none}\n---\n\
+         apiVersion: v1\nkind: Endpoints\nmetadata: {name: odd}\n",
+    )?;
+    // Named once, by its field; the null is nobody's matter.
+    cluster.agent.wait_log("the annotation being named", DEADLINE, |line| {
+        is_complaint(line) && line.mentions("elb.pass-through") && line.mentions("perhaps")
+    })?;
+
+    let later = Service::new("later", 21).tcp(80, TARGET).udp(80, TARGET).pods(&[&a2]);
+    cluster.apply(&later)?;
+    for service in [&odd, &later] {
+        cluster.reaches_soon(&client, SocketAddr::new(service.cluster_ip(Family::V4), 80), "a2")?;
+    }
+    cluster.agent.restart()?;
+    let line = cluster.agent.wait_synced()?;
+    ensure!(line.field("writes").as_deref() == Some("0"), "{line:?}");
+    let last = Service::new("last", 22).tcp(80, TARGET).udp(80, TARGET).pods(&[&a2]);
+    cluster.apply(&last)?;
+    cluster.reaches_soon(&client, SocketAddr::new(last.cluster_ip(Family::V4), 80), "a2")?;
+    eventually("it being ready", || Ok((asked(&cluster.node, "readyz")?.0 == 200).then_some(())))?;
+
+    let complaints: Vec<_> = cluster.agent.log_since_mark().into_iter().filter(is_complaint).collect();
+    let about = |what: &str| complaints.iter().filter(|line| line.mentions(what)).count();
+    // The log is the second agent's.
+    ensure!(about("perhaps") == 1 && about("lastTransitionTime") == 0, "{complaints:#?}");
+    ensure!(about("cannot be read") == 0 && about("api_error") == 0, "{complaints:#?}");
+    cluster.agent.mark();
+    cluster.control.kubectl(&["annotate", "service", "odd", "kubernetes.io/elb.pass-through-"])?.success()?;
+    cluster.agent.wait_log("it being named no more", DEADLINE, |line| {
+        line.level == "INFO" && line.mentions("resolved") && line.mentions("perhaps")
+    })?;
+    Ok(())
+}
+
+/// Status and body of an answer of the agent's health server.
+fn asked(node: &Node, path: &str) -> Result<(u16, String)> {
+    let url = format!("http://127.0.0.1:10256/{path}");
+    let output = node.run(&["curl", "-sS", "--max-time", "3", "-w", "\n%{http_code}", &url])?.success()?;
+    let (body, status) =
+        output.trim_end().rsplit_once('\n').with_context(|| format!("no status: {output}"))?;
+    Ok((status.parse()?, body.to_owned()))
 }
 
 /// Waits until a new connection takes the way: HAProxy counts it, or not.
