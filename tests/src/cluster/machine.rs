@@ -187,8 +187,9 @@ fn mounts(machine: &Machine) -> Result<()> {
         make(&target)?;
         new("cgroup", &target, &group.options)?;
     }
-    // As systemd has it beside v1. It ends at the node's own folder.
-    bind(&cgroup, &groups.join("unified"))?;
+    // It ends at the node's own folder. Not by the name `unified`: there runc would move containers out of the group that
+    // the agent is told of, which is below that folder since the root of a mount is refused.
+    bind(&cgroup, &groups.join("v2"))?;
 
     for path in ["/run", "/var/lib"] {
         new("tmpfs", Path::new(path), "mode=755")?;

@@ -15,7 +15,7 @@ pub fn kproxy(manifests: &Path, api_server: &str) -> Result<String> {
     let config = read(&manifests.join("configmap.yaml"))?;
     let config = replace(&config, "KPROXY_API_SERVER: ", api_server)?;
     // All that a full node runs is in this group of its own.
-    let config = replace(&config, "KPROXY_CGROUP_ROOT: ", "/host/sys/fs/cgroup/unified/host")?;
+    let config = replace(&config, "KPROXY_CGROUP_ROOT: ", "/host/sys/fs/cgroup/v2/host")?;
     let config = format!("{config}  KPROXY_CLUSTER_CIDR: \"{POD_CIDRS}\"\n");
     let rest = ["rbac.yaml", "daemonset.yaml"].map(|name| read(&manifests.join(name)));
     let [rbac, daemon_set] = rest;
