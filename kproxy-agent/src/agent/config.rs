@@ -1,6 +1,6 @@
 //! From the command line to plain values: the model's configuration and the programs'.
 
-use std::{collections::BTreeSet, hash::BuildHasher as _, net::IpAddr, ops::RangeInclusive};
+use std::{collections::BTreeSet, hash::BuildHasher as _, net::IpAddr};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
@@ -101,13 +101,13 @@ pub fn capacities(tables: &TableArgs) -> Capacities {
 pub struct Watched {
     /// See [`Config::node_addresses`].
     pub addresses: u64,
-    /// From the lowest UDP NodePort to the highest.
-    pub udp_node_ports: RangeInclusive<u16>,
+    /// The lowest UDP NodePort, and the highest; that is below it where there is none.
+    pub udp_node_ports: (u16, u16),
 }
 
 impl Watched {
     /// No address, no port.
-    pub const NOTHING: Self = Self { addresses: 0, udp_node_ports: 1..=0 };
+    pub const NOTHING: Self = Self { addresses: 0, udp_node_ports: (1, 0) };
 
     /// The node has these addresses, and serves these NodePorts.
     pub fn of<'a>(
@@ -118,8 +118,8 @@ impl Watched {
         let udp = node_ports.into_iter().filter(|key| key.protocol() == Protocol::Udp);
         let ports: BTreeSet<u16> = udp.map(|key| key.port()).collect();
         let udp_node_ports = match (ports.first(), ports.last()) {
-            (Some(first), Some(last)) => *first..=*last,
-            _ => 1..=0,
+            (Some(first), Some(last)) => (*first, *last),
+            _ => (1, 0),
         };
         Self { addresses: bits, udp_node_ports }
     }
@@ -157,8 +157,8 @@ pub fn programs(
         reserved_ports_first: RESERVED_PORTS_FIRST,
         reserved_ports_count: RESERVED_PORTS_COUNT,
         node_addresses: watched.addresses,
-        udp_node_ports_first: *watched.udp_node_ports.start(),
-        udp_node_ports_last: *watched.udp_node_ports.end(),
+        udp_node_ports_first: watched.udp_node_ports.0,
+        udp_node_ports_last: watched.udp_node_ports.1,
         _pad: 0,
         service_cidrs: table(service_cidrs),
         cluster_cidrs: table(&cidrs("--cluster-cidr", &node.cluster_cidr)?),
@@ -219,7 +219,7 @@ mod tests {
         let port = |port, protocol| FrontendKey::new(Address::UNSPECIFIED, port, protocol);
         let ports = [port(30_053, Protocol::Udp), port(30_001, Protocol::Tcp), port(31_000, Protocol::Udp)];
         let watched = Watched::of(&addresses, ports);
-        assert_eq!(watched.udp_node_ports, 30_053..=31_000);
+        assert_eq!(watched.udp_node_ports, (30_053, 31_000));
         let is_watched =
             |text: &str| watched.addresses & Address::from(text.parse::<IpAddr>().unwrap()).bit() != 0;
         assert!(is_watched("192.0.2.11") && is_watched("2001:db8::b") && !is_watched("192.0.2.12"));

@@ -144,7 +144,6 @@ impl KernelMaps {
         let mut bytes = [0; size_of::<Config>()];
         self.config.read(0, 0, &mut bytes).map_err(failed(map_names::CONFIG))?;
         let u32_of = |at: usize| u32_at(&bytes, at).unwrap_or(0);
-        let u16_of = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let u64_of = |at: usize| u64::from(u32_of(at)) | u64::from(u32_of(at + 4)) << 32;
         let cidrs = |at: usize| {
             let mut cidrs = [Cidr::NONE; MAX_CIDRS];
