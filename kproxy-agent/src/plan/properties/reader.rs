@@ -136,8 +136,8 @@ pub struct Checked<'a> {
     expected: &'a Expected,
     /// Steady frontends that are there.
     present: BTreeSet<FrontendKey>,
-    /// Service ports whose frontends led to several blocks when another one was written, since a write had failed or one
-    /// of them waits to be taken over: a third one has no room in `backend_slot`, so that some clients may move.
+    /// Service ports whose frontends, or words of one, led to several blocks when another one was written, since a write
+    /// had failed or one of them waits to be taken over: a third one has no room in `backend_slot`, so that some clients may move.
     divided: BTreeSet<u32>,
 }
 
@@ -156,7 +156,10 @@ impl<'a> Checked<'a> {
             for (_, slot) in slots_of(self.memory, *number) {
                 let service = self.memory.backend(slot).expect("a backend is missing").service();
                 let block = Block::from_word(self.memory.words(*number)[Word::Block as usize]);
-                blocks.entry(service).or_default().insert(block.first_slot());
+                // Of a frontend whose words were not all stored, some lead elsewhere than its block.
+                let run = block.first_slot()..block.first_slot() + u32::from(block.serving());
+                let first = if run.contains(&slot) { block.first_slot() } else { slot };
+                blocks.entry(service).or_default().insert(first);
             }
         }
         self.divided.extend(blocks.into_iter().filter(|(_, blocks)| blocks.len() > 1).map(|(id, _)| id));
